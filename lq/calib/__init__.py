@@ -1,0 +1,8 @@
+"""Calibrators: statistics of a tensor over batches and ranks, and the ``amax`` they give."""
+
+from lq.calib.calibrator import Calibrator
+from lq.calib.histogram import HistogramCalibrator
+from lq.calib.max import MaxCalibrator
+from lq.calib.sync import sync_calibrators
+
+__all__ = ["Calibrator", "HistogramCalibrator", "MaxCalibrator", "sync_calibrators"]

@@ -1,0 +1,85 @@
+"""What all calibrators share: state with a declared reduction over ranks, and the checks on the data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lq.functional.amax import Axis, amax_shape, rows_amax, to_rows
+
+
+class Calibrator(Metric):
+    """Collects statistics of a tensor and computes ``amax`` from them.
+
+    A ``torchmetrics.Metric``: ``collect`` is ``update``, ``compute_amax`` is ``compute`` with a method. States are reduced over
+    ranks by :func:`lq.calib.sync_calibrators`, all quantizers of a model together, so nothing synchronises on ``compute``.
+
+    Args:
+        num_bits: width of the integer the amax is for.
+        axis: dimensions with an amax of their own.
+        unsigned: the integer has no sign.
+    """
+
+    full_state_update = False
+    shape: tuple[int, ...] | None
+    peak: Tensor
+
+    def __init__(self, num_bits: int = 8, axis: Axis = None, unsigned: bool = False) -> None:
+        super().__init__(sync_on_compute=False)
+        self.num_bits, self.axis, self.unsigned = num_bits, axis, unsigned
+        self.shape = None
+        # float64 holds every magnitude of every dtype; its reduction also brings the peak of other ranks
+        self.add_state("peak", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="max")
+
+    @property
+    def collected(self) -> bool:
+        """Whether any batch has been seen."""
+        return self.shape is not None
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything seen so far was finite. Asks the device."""
+        return bool(self.peak.isfinite().all())
+
+    def collect(self, x: Tensor) -> None:
+        """Take the statistics of ``x``: any shape, a floating dtype, the same kept dimensions each time."""
+        self.update(x)
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` as rows with their largest magnitudes, which also go into ``peak``."""
+        x = x.detach()
+        shape = amax_shape(x, self.axis)
+        if self.shape is not None and shape != self.shape:
+            raise RuntimeError(f"amax changed its shape from {self.shape} to {shape}: call `reset()` before other data.")
+        rows = to_rows(x, self.axis)
+        largest = rows_amax(rows)
+        self.adopt(shape)
+        self.peak = torch.maximum(self.peak, largest)
+        return rows, largest
+
+    def adopt(self, shape: tuple[int, ...]) -> None:
+        """Take the shape of amax, with statistics of no data."""
+        if self.shape is None:
+            self.shape = shape
+            self.peak = self.peak.expand(torch.Size(shape).numel()).clone()
+
+    def align(self, before: dict[str, Any]) -> None:
+        """Hook after ``max`` states were reduced over ranks and before ``sum`` states are; ``before`` has the states until then."""
+
+    def compute(self) -> Tensor | None:
+        """Amax by the calibrator's default method."""
+        return self.compute_amax()
+
+    def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """float32 amax, ``()`` or broadcastable to the data; ``None`` if no data was collected."""
+        raise NotImplementedError
+
+    def _shaped(self, amax: Tensor) -> Tensor:
+        assert self.shape is not None
+        return amax.to(torch.float32).reshape(self.shape)
+
+    def reset(self) -> None:
+        """Forget everything, the shape of amax included."""
+        super().reset()
+        self.shape = None

@@ -1,0 +1,61 @@
+"""One synchronisation of all statistics of a model over ranks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics.utilities import dim_zero_max, dim_zero_sum
+
+from lq.calib.calibrator import Calibrator
+
+
+def _states(calibrators: Sequence[Calibrator], reduction: Any) -> Iterator[tuple[Calibrator, str]]:
+    for calibrator in calibrators:
+        for name, declared in calibrator._reductions.items():
+            if declared is reduction:
+                yield calibrator, name
+
+
+def _all_reduce(states: list[tuple[Calibrator, str]], dtype: torch.dtype, op: Any) -> None:
+    """Reduce many states in one flat tensor."""
+    values: list[Tensor] = [getattr(calibrator, name) for calibrator, name in states]
+    flat = torch.cat([v.reshape(-1).to(dtype) for v in values])
+    dist.all_reduce(flat, op)
+    for (calibrator, name), value, part in zip(states, values, flat.split([v.numel() for v in values]), strict=True):
+        setattr(calibrator, name, part.reshape(value.shape).to(value.dtype))
+
+
+def sync_calibrators(calibrators: Sequence[Calibrator], error: str | None = None) -> None:
+    """Merge the statistics of all ranks into every rank: exactly, and in three collectives whatever the number of calibrators.
+
+    Ranks may have seen different numbers of batches, or none. Does nothing outside ``torch.distributed``.
+
+    Args:
+        calibrators: the same ones, in the same order, on every rank.
+        error: why this rank cannot go on; then every rank raises, and none waits for ever.
+
+    Raises:
+        RuntimeError: a rank reported an error; the message is that of the first rank that did.
+    """
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    reports: list[Any] = [(error, [c.shape for c in calibrators])]
+    if distributed:
+        reports *= dist.get_world_size()
+        dist.all_gather_object(reports, (error, [c.shape for c in calibrators]))
+    for rank, (failure, _) in enumerate(reports):
+        if failure is not None:
+            raise RuntimeError(f"Calibration failed on rank {rank}: {failure}" if distributed else failure)
+    if not distributed or not calibrators:
+        return
+    for i, calibrator in enumerate(calibrators):
+        shape = next((shapes[i] for _, shapes in reports if shapes[i] is not None), None)
+        if shape is not None:
+            calibrator.adopt(shape)
+    before = [c.metric_state for c in calibrators]
+    _all_reduce(list(_states(calibrators, dim_zero_max)), torch.float64, dist.ReduceOp.MAX)
+    for calibrator, states in zip(calibrators, before, strict=True):
+        calibrator.align(states)
+    if sums := list(_states(calibrators, dim_zero_sum)):
+        _all_reduce(sums, torch.int64, dist.ReduceOp.SUM)

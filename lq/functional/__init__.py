@@ -1,0 +1,1 @@
+"""Pure functions of tensors: the numerics of quantization, without modules, logging, or configuration."""

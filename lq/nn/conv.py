@@ -1,0 +1,79 @@
+"""Quantized convolutions: arguments as in ``torch.nn``, and ``quant_desc_input``, ``quant_desc_weight``.
+
+Per-channel weights of transposed convolutions keep axis 0, the only one TensorRT takes.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lq.nn.quant_module import QuantMixin, register
+
+
+class _QuantConv(QuantMixin):
+    weight: Tensor
+    bias: Tensor | None
+    _conv_forward: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return y
+
+
+@register(nn.Conv1d)
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """Quantized ``nn.Conv1d``."""
+
+
+@register(nn.Conv2d)
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """Quantized ``nn.Conv2d``."""
+
+
+@register(nn.Conv3d)
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """Quantized ``nn.Conv3d``."""
+
+
+class _QuantConvTranspose(QuantMixin):
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    _output_padding: Any
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = len(self.kernel_size)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return convolve(
+            self.input_quantizer(input),
+            self.weight_quantizer(self.weight),
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+@register(nn.ConvTranspose1d)
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """Quantized ``nn.ConvTranspose1d``."""
+
+
+@register(nn.ConvTranspose2d)
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """Quantized ``nn.ConvTranspose2d``."""
+
+
+@register(nn.ConvTranspose3d)
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """Quantized ``nn.ConvTranspose3d``."""
