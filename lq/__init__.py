@@ -1,20 +1,11 @@
 """Quantization for PyTorch Lightning: calibrate, rescale, fine-tune, and export ONNX Q/DQ for TensorRT."""
 
 from lq import callbacks, export
+from lq.calibration import calibrating, load_calib_amax_
 from lq.descriptor import QuantDescriptor, QuantRule
 from lq.nn import TensorQuantizer
 from lq.rescale import RescalingCalibrator
-from lq.surgery import (
-    calibrating,
-    dequantize_,
-    freeze_,
-    load_calib_amax_,
-    named_quantizers,
-    quantize_,
-    unfreeze_,
-)
-
-
+from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, unfreeze_
 
 __all__ = [
     "QuantDescriptor",

@@ -21,7 +21,8 @@ class Calibrator(Metric):
         unsigned: the integer has no sign.
     """
 
-    full_state_update = False
+    # states of two batches do not merge one by one (a histogram aligns its range first), so torchmetrics must not try
+    full_state_update = True
     shape: tuple[int, ...] | None
     peak: Tensor
 
@@ -65,7 +66,7 @@ class Calibrator(Metric):
             self.peak = self.peak.expand(torch.Size(shape).numel()).clone()
 
     def align(self, before: dict[str, Any]) -> None:
-        """Hook after ``max`` states were reduced over ranks and before ``sum`` states are; ``before`` has the states until then."""
+        """Hook between the reductions of ``max`` and of ``sum`` states over ranks; ``before`` has the states until then."""
 
     def compute(self) -> Tensor | None:
         """Amax by the calibrator's default method."""

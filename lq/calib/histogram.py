@@ -27,7 +27,7 @@ class HistogramCalibrator(Calibrator):
     >>> calibrator = HistogramCalibrator()
     >>> calibrator.collect(torch.arange(1000) / 1000)
     >>> calibrator.compute_amax("percentile", percentile=50)
-    tensor(0.5000)
+    tensor(0.4990)
     """
 
     counts: Tensor

@@ -26,9 +26,7 @@ class MaxCalibrator(Calibrator):
     tensor(2.)
     """
 
-    def __init__(
-        self, num_bits: int = 8, axis: Axis = None, unsigned: bool = False, track_amax: bool = False
-    ) -> None:
+    def __init__(self, num_bits: int = 8, axis: Axis = None, unsigned: bool = False, track_amax: bool = False) -> None:
         super().__init__(num_bits, axis, unsigned)
         self.track_amax = track_amax
         self.amaxs: list[np.ndarray[Any, Any]] = []

@@ -23,7 +23,8 @@ def _all_reduce(states: list[tuple[Calibrator, str]], dtype: torch.dtype, op: An
     values: list[Tensor] = [getattr(calibrator, name) for calibrator, name in states]
     flat = torch.cat([v.reshape(-1).to(dtype) for v in values])
     dist.all_reduce(flat, op)
-    for (calibrator, name), value, part in zip(states, values, flat.split([v.numel() for v in values]), strict=True):
+    parts = torch.split(flat, [v.numel() for v in values])
+    for (calibrator, name), value, part in zip(states, values, parts, strict=True):
         setattr(calibrator, name, part.reshape(value.shape).to(value.dtype))
 
 
@@ -50,9 +51,11 @@ def sync_calibrators(calibrators: Sequence[Calibrator], error: str | None = None
     if not distributed or not calibrators:
         return
     for i, calibrator in enumerate(calibrators):
-        shape = next((shapes[i] for _, shapes in reports if shapes[i] is not None), None)
-        if shape is not None:
-            calibrator.adopt(shape)
+        seen = {shapes[i] for _, shapes in reports} - {None}
+        if len(seen) > 1:
+            raise RuntimeError(f"amax has different shapes on the ranks: {sorted(seen)}. Give every rank data of one shape.")
+        if seen:
+            calibrator.adopt(seen.pop())
     before = [c.metric_state for c in calibrators]
     _all_reduce(list(_states(calibrators, dim_zero_max)), torch.float64, dist.ReduceOp.MAX)
     for calibrator, states in zip(calibrators, before, strict=True):

@@ -1,0 +1,10 @@
+"""Callbacks for any Trainer: they own *when*; what is done are functions that work without Lightning too."""
+
+from lq.callbacks.export import OnnxExport
+from lq.callbacks.freeze import ScaleFreeze
+from lq.callbacks.monitor import QuantMonitor
+from lq.callbacks.qat import QuantizationAwareTraining
+from lq.callbacks.quantize import Quantize
+from lq.callbacks.schedule import QATSchedule
+
+__all__ = ["OnnxExport", "QATSchedule", "QuantMonitor", "QuantizationAwareTraining", "Quantize", "ScaleFreeze"]

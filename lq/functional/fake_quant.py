@@ -38,7 +38,8 @@ def _fake_quant_backward(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) 
         # hardtanh leaves its own bounds out, the straight-through estimator keeps them: step one float outwards
         high = torch.nextafter(amax.to(x.dtype), amax.new_tensor(INFINITY, dtype=x.dtype)).item()
         low = torch.nextafter(x.new_zeros(()), x.new_tensor(-INFINITY)).item() if unsigned else -high
-        return torch.ops.aten.hardtanh_backward(grad, x, low, high)
+        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
+        return inside
     outside = x.abs() > amax.to(x.dtype)
     return grad.masked_fill(outside | (x < 0) if unsigned else outside, 0)
 
@@ -79,7 +80,8 @@ def fake_tensor_quant(
     >>> fake_tensor_quant(torch.tensor([0.1, -0.26, 3.0]), torch.tensor(1.27))
     tensor([ 0.1000, -0.2600,  1.2700])
     """
-    return _fake_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    output: Tensor = _fake_quant(inputs, amax, num_bits, unsigned, narrow_range)
+    return output
 
 
 @torch.no_grad()

@@ -67,7 +67,8 @@ def update(counts: Tensor, exponent: Tensor, rows: Tensor, peak: Tensor, skip_ze
     (tensor([[1, 1, 0, 1]]), tensor([1], dtype=torch.int32))
     """
     # frexp: peak = m * 2**e with 0.5 <= m < 1, so peak < 2**e even where peak is itself a power of two
-    finite = torch.nan_to_num(peak, nan=0.0, posinf=0.0)
+    # and what is zero or tiny must not widen the range
+    finite = torch.nan_to_num(peak, nan=0.0, posinf=0.0).clamp_min(2.0 ** (MIN_EXPONENT - 1))
     new_exponent = torch.maximum(exponent, torch.frexp(finite).exponent.to(torch.int32))
     counts = grow(counts, exponent, new_exponent)
     magnitude = rows.abs().to(torch.promote_types(rows.dtype, torch.float32))
@@ -80,10 +81,11 @@ def update(counts: Tensor, exponent: Tensor, rows: Tensor, peak: Tensor, skip_ze
 def _count(magnitude: Tensor, exponent: Tensor, bins: int) -> Tensor:
     """Counts of ``magnitude`` ``(rows, values)`` over ``[0, 2**exponent)`` in ``bins`` bins."""
     rows = magnitude.shape[0]
-    if rows == 1 and magnitude.device.type == "cpu":
+    # histc multiplies by bins before it divides by the range, so float32 must have room above
+    if rows == 1 and magnitude.device.type == "cpu" and int(exponent) < 64:
         top = 2.0 ** int(exponent)
         total = torch.zeros(bins, dtype=torch.int64)
-        for chunk in magnitude.reshape(-1).split(CHUNK):
+        for chunk in torch.split(magnitude.reshape(-1), CHUNK):
             total += torch.histc(chunk, bins, 0, top).to(torch.int64)
         return total.unsqueeze(0)
     per_unit = torch.ldexp(torch.full_like(exponent, bins, dtype=magnitude.dtype), -exponent)

@@ -1,7 +1,7 @@
 """From a histogram of magnitudes to ``amax``: pure functions, vectorised over quantizers and over candidates.
 
-Every method takes a stack of histograms, counts ``(rows, bins)``, and tries the upper edges of bins ``start_bin, start_bin + stride,
-...`` as clipping magnitudes. The sums that an error needs over a quantization level are differences of prefix sums over bins, so a
+Every method takes a stack of histograms, counts ``(rows, bins)``, and tries the upper edges of bins ``start_bin``, ``start_bin +
+stride``, ... as clipping magnitudes. The sums that an error needs over a quantization level are differences of prefix sums, so a
 candidate costs its number of levels and no pass over the bins. All arithmetic is float64, hence deterministic.
 """
 
@@ -61,9 +61,11 @@ def _best(counts: Tensor, search: Search, levels: int, error: Callable[[Tensor],
     """Candidate with the least ``error``, for every row; ``last`` prefers the largest among equals, else the smallest."""
     edges = candidates(counts, search)
     step = max(1, SLICE // (levels * counts.shape[0]))
-    errors = torch.cat([error(part) for part in edges.split(step)], dim=1)
+    errors = torch.cat([error(part) for part in torch.split(edges, step)], dim=1)
     if last:
-        return edges[errors.shape[1] - 1 - errors.flip(1).argmin(dim=1)]
+        # equal up to rounding, lest its noise choose
+        equal = errors <= errors.amin(dim=1, keepdim=True) + 1e-12
+        return torch.where(equal, edges, 0).amax(dim=1)
     return edges[errors.argmin(dim=1)]
 
 
@@ -124,7 +126,8 @@ def entropy(counts: Tensor, search: Search) -> Tensor:
         mean = (mass / bins.clamp_min(1)).gather(2, index).squeeze(2)
         plain = self_information[:, edges] - log(c_last, c_last) + log(c_last + outliers, c_last + outliers)
         divergence = (plain - cross - log(outliers, mean)) / total - total.log() + inside.log()
-        return divergence.masked_fill((outliers > 0) & (c_last == 0) | (inside == 0), torch.inf)
+        rejected: Tensor = divergence.masked_fill((outliers > 0) & (c_last == 0) | (inside == 0), torch.inf)
+        return rejected
 
     return _best(counts, search, levels, error, last=True)
 
@@ -132,7 +135,8 @@ def entropy(counts: Tensor, search: Search) -> Tensor:
 def percentile(counts: Tensor, search: Search) -> Tensor:
     """Smallest edge, in bins, ``(rows,)``, at or below which at least ``percentile`` percent of the values lie."""
     cumulative = counts.cumsum(dim=1)
-    wanted = cumulative[:, -1:].double() * (search.percentile / 100)
+    # this order of operations is exact where the wanted number of values is whole: 1000 * (99.9 / 100) is more than 999
+    wanted = cumulative[:, -1:].double() * search.percentile / 100
     return torch.searchsorted(cumulative.double(), wanted).squeeze(1).clamp_max(counts.shape[1] - 1) + 1
 
 

@@ -7,7 +7,8 @@ hooks, tied weights, and every reference to it.
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lq.descriptor import INT8_WEIGHT, QuantDescriptor
 from lq.nn.tensor_quantizer import TensorQuantizer
@@ -50,16 +51,8 @@ class QuantInputMixin(nn.Module):
 
     def quantizers(self) -> dict[str, TensorQuantizer]:
         """Quantizers by role: ``input``, ``weight``."""
-        return {key.removeprefix("quant_desc_"): self._quantizer(key) for key in self.quant_desc_keywords}
-
-    def _quantizer(self, key: str) -> TensorQuantizer:
-        quantizer: TensorQuantizer = getattr(self, key.replace("quant_desc_", "") + "_quantizer")
-        return quantizer
-
-    def drop_quantizers(self) -> None:
-        """Remove what :meth:`init_quantizers` created."""
-        for role in self.quantizers():
-            delattr(self, f"{role}_quantizer")
+        roles = [key.removeprefix("quant_desc_") for key in self.quant_desc_keywords]
+        return {role: getattr(self, f"{role}_quantizer") for role in roles}
 
     @classmethod
     def set_default_quant_desc_input(cls, value: QuantDescriptor) -> None:
@@ -100,3 +93,58 @@ def _checked(value: Any) -> QuantDescriptor:
 
 def _quantizer(desc: QuantDescriptor | None) -> TensorQuantizer:
     return TensorQuantizer(disabled=True) if desc is None else TensorQuantizer(_checked(desc))
+
+
+# From float to quantized and back
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether :func:`to_quantized_` takes a module: a registered float class, or a quantized one that computes in float."""
+    if isinstance(module, QuantInputMixin):
+        return type(module) in QUANT_MODULES.values() and all(q._disabled for q in module.quantizers().values())
+    return type(module) in QUANT_MODULES
+
+
+def to_quantized_(
+    module: nn.Module, input: QuantDescriptor | None = None, weight: QuantDescriptor | None = None
+) -> QuantInputMixin:
+    """Make a float module a quantized one, in place; a SmoothQuant factor on its input stays."""
+    factor = module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
+    if not isinstance(module, QuantInputMixin):
+        module.__class__ = QUANT_MODULES[type(module)]
+    assert isinstance(module, QuantInputMixin)
+    module.init_quantizers(*([input, weight] if isinstance(module, QuantMixin) else [input]))
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    for quantizer in module.quantizers().values():
+        quantizer.to(device)
+    module.input_quantizer.pre_quant_scale = factor
+    return module
+
+
+def to_float_(module: nn.Module) -> nn.Module:
+    """Make a quantized module a float one again, in place; a factor on its input moves into the weight."""
+    assert isinstance(module, QuantInputMixin)
+    if (factor := module.input_quantizer.pre_quant_scale) is not None:
+        scale_input_channels_(module, factor.flatten())
+    for role in module.quantizers():
+        delattr(module, f"{role}_quantizer")
+    module.__class__ = next(f for f, q in QUANT_MODULES.items() if q is type(module))  # type: ignore[assignment]
+    return module
+
+
+def input_channel_view(module: nn.Module) -> Tensor:
+    """Weight of a linear or (transposed) convolution as a view ``(groups, outputs, input channels of a group, kernel)``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    groups = getattr(module, "groups", 1)
+    assert isinstance(groups, int)
+    if getattr(module, "transposed", False):
+        return weight.detach().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1).transpose(1, 2)
+    return weight.detach().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+@torch.no_grad()
+def scale_input_channels_(module: nn.Module, factors: Tensor) -> None:
+    """Multiply the weights that meet each input channel by its factor, ``(channels,)``, in place."""
+    view = input_channel_view(module)
+    view *= factors.to(view.dtype).reshape(view.shape[0], 1, -1, 1)

@@ -29,7 +29,7 @@ class TensorQuantizer(nn.Module):
 
     Args:
         quant_desc: what to do.
-        disabled: pass the input through.
+        disabled: neither quantize nor collect.
         if_quant: quantize.
         if_calib: collect statistics.
 
@@ -73,7 +73,7 @@ class TensorQuantizer(nn.Module):
         self._disabled = False
 
     def disable(self) -> None:
-        """Pass the input through, whatever else is set."""
+        """Neither quantize nor collect, whatever else is set."""
         self._disabled = True
 
     def enable_quant(self) -> None:
@@ -111,7 +111,10 @@ class TensorQuantizer(nn.Module):
             raise ValueError(f"`amax` must be finite and not negative, found {amax.tolist()}.")
         if self._amax is not None and self._amax.shape != amax.shape:
             raise ValueError(f"`amax` has shape {tuple(amax.shape)}, but {tuple(self._amax.shape)} is set: set None first.")
-        self._amax = amax.clone()
+        if self._amax is None:
+            self._amax = amax.clone()
+        else:  # in place, so that whatever holds the buffer sees the new value
+            self._amax.copy_(amax)
 
     @property
     def pre_quant_scale(self) -> Tensor | None:
@@ -168,10 +171,11 @@ class TensorQuantizer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Quantize ``inputs``: any shape, a floating dtype, which the output has too."""
-        if self._disabled:
-            return inputs
+        # the weights behind carry the inverse of this factor, so it applies even to a disabled quantizer
         if self._pre_quant_scale is not None:
             inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
+        if self._disabled:
+            return inputs
         if self._if_calib:
             self.calibrator.collect(inputs)
         if not self._if_quant:
@@ -189,14 +193,12 @@ class TensorQuantizer(nn.Module):
     # Housekeeping of torch
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TensorQuantizer":
-        # scales stay float32 under .half() and .bfloat16(), so let fn only choose the device
-        kept = {name: getattr(self, name) for name in BUFFERS}
-        for name in BUFFERS:
-            setattr(self, name, None)
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            if value is not None:
-                setattr(self, name, value.to(fn(value.new_zeros(())).device) if not value.is_meta else fn(value))
+        def keep_dtype(value: Tensor) -> Tensor:
+            # scales and statistics stay as they are under .half() and .to(torch.bfloat16): there fn only chooses the device
+            moved = fn(value)
+            return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

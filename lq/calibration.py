@@ -1,0 +1,164 @@
+"""Calibrate a whole model: statistics from its forwards, one synchronisation over ranks, amax."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lq.calib import HistogramCalibrator, sync_calibrators
+from lq.functional.threshold import Search, check_method
+from lq.nn.evaluating import evaluating
+from lq.nn.quant_module import QuantMixin
+from lq.nn.tensor_quantizer import TensorQuantizer
+from lq.surgery import named_quantizers
+
+M = TypeVar("M", bound=nn.Module)
+
+# Quantizers by name, those of weights with the weight they belong to.
+Roles = dict[str, tuple[TensorQuantizer, Tensor | None]]
+
+
+@contextmanager
+def calibrating(model: M, method: str = "max", **options: Any) -> Iterator[M]:
+    """Collect statistics from every forward inside the block; on leaving it, merge them over ranks and set amax.
+
+    Inside, the model computes in float, in evaluation mode and without gradients, so that BatchNorm statistics stay. Weights are
+    looked at once. Frozen quantizers take no part. If the block raises, amax stays as it was, and every rank stops.
+
+    Args:
+        model: a model with quantizers.
+        method: ``max``, ``percentile``, ``mse`` or ``entropy``. Any but ``max`` collects histograms of inputs; weights follow the
+            ``calib_method`` of their descriptor.
+        options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``start_bin``, ``stride``.
+
+    Raises:
+        ValueError: an unknown method or option, a model without quantizers, NaN or Inf in the data (names the quantizer), or
+            quantizers that saw no data (names them).
+
+    >>> from lq.surgery import quantize_
+    >>> model = quantize_(nn.Sequential(nn.Linear(2, 2)))
+    >>> with calibrating(model, method="max"):
+    ...     _ = model(torch.tensor([[1.0, -3.0]]))
+    >>> dict(named_quantizers(model))["0.input"].amax
+    tensor(3.)
+    """
+    check_options(method, options)
+    observe_(model, method)
+    switches = [(quantizer, quantizer._if_quant) for _, quantizer in named_quantizers(model)]
+    try:
+        for quantizer, _ in switches:
+            quantizer.disable_quant()
+        with evaluating(model):
+            yield model
+    except Exception as failure:
+        with suppress(ValueError):  # the other ranks wait for our statistics: let them stop as well
+            _sync({}, f"{type(failure).__name__}: {failure}")
+        raise
+    finally:
+        _stop_observing_(model)
+        for quantizer, if_quant in switches:
+            quantizer._if_quant = if_quant
+    merge_statistics_(model)
+    load_calib_amax_(model, method, **options)
+
+
+def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **options: Any) -> M:
+    """Set every amax from the statistics at hand: another method needs neither data nor a model run.
+
+    Args:
+        model: a model that was calibrated with histograms (any method but ``max``).
+        method: as :func:`calibrating`.
+        momentum: share of the present amax that stays, in [0, 1).
+        options: as :func:`calibrating`.
+
+    Raises:
+        ValueError: quantizers that saw no data (named), or have statistics that do not allow ``method``.
+    """
+    check_options(method, options)
+    roles = _roles(model)
+    if unseen := [name for name, (q, _) in roles.items() if not q.calibrator.collected]:
+        raise ValueError(
+            f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
+            "through the model, or leave layers that it never calls out with a rule without descriptors."
+        )
+    for name, (quantizer, weight) in roles.items():
+        before = None if quantizer.amax is None else quantizer.amax.clone()
+        if isinstance(quantizer.calibrator, HistogramCalibrator):
+            quantizer.load_calib_amax(method, **options)
+        elif weight is None and method not in ("max", "noclipping"):
+            raise ValueError(f"`{name}` has no histogram for method {method!r}: calibrate with `method={method!r}`.")
+        else:
+            quantizer.load_calib_amax()
+        if momentum and before is not None and quantizer.amax is not None:
+            quantizer.amax = torch.lerp(quantizer.amax, before, momentum)
+    return model
+
+
+# The two halves of a calibration, for those who go on training in between
+
+
+def observe_(model: M, method: str = "max") -> M:
+    """Forget all statistics and collect new ones of every input from now on, in place; quantizers go on doing what they do."""
+    roles = _roles(model)
+    if not roles:
+        raise ValueError(f"{type(model).__name__} has no quantizers to calibrate: call `lq.quantize_` or `lq.unfreeze_` first.")
+    for quantizer, weight in roles.values():
+        _prepare(quantizer, "max" if weight is not None else method)
+        quantizer._if_calib = weight is None
+    return model
+
+
+def merge_statistics_(model: M) -> M:
+    """Stop collecting, look at the weights as they are now, and merge the statistics of inputs over ranks, in place."""
+    _stop_observing_(model)
+    roles = _roles(model)
+    for quantizer, weight in roles.values():
+        if weight is not None:
+            quantizer.calibrator.reset()
+            quantizer.calibrator.collect(weight)
+    _sync(roles)
+    return model
+
+
+def _stop_observing_(model: nn.Module) -> None:
+    for _, quantizer in named_quantizers(model):
+        quantizer.disable_calib()
+
+
+def _roles(model: nn.Module) -> Roles:
+    """The quantizers that may change."""
+    weights = {m.weight_quantizer: m.weight for m in model.modules() if isinstance(m, QuantMixin)}
+    return {name: (q, weights.get(q)) for name, q in named_quantizers(model) if not q.frozen}  # type: ignore[misc]
+
+
+def _prepare(quantizer: TensorQuantizer, method: str) -> None:
+    """Forget earlier statistics; where the method needs a histogram and the quantizer has none, give it one."""
+    if method not in ("max", "noclipping") and not isinstance(quantizer.calibrator, HistogramCalibrator):
+        desc = quantizer.quant_desc
+        device = quantizer.calibrator.device
+        quantizer.calibrator = HistogramCalibrator(desc.num_bits, desc.axis, desc.unsigned, desc.num_bins).to(device)
+    quantizer.calibrator.reset()
+
+
+def _sync(roles: Roles, error: str | None = None) -> None:
+    """Merge the statistics of inputs over ranks (weights are the same on all); complain where data was not finite."""
+    if broken := [name for name, (q, _) in roles.items() if q.calibrator.collected and not q.calibrator.finite]:
+        error = (
+            f"NaN or Inf in calibration data, first at `{broken[0]}` ({len(broken)} of {len(roles)} quantizers): "
+            "look for bad samples, or for a layer that overflows."
+        )
+    try:
+        sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
+    except RuntimeError as failure:
+        raise ValueError(str(failure)) from None
+
+
+def check_options(method: str, options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a method or an option that does not exist, or is out of range."""
+    check_method(method)
+    known = ("percentile", "start_bin", "stride")
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"Unknown calibration option {', '.join(map(repr, unknown))}: choose among {', '.join(known)}.")
+    Search(**options)

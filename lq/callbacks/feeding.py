@@ -1,0 +1,121 @@
+"""How a batch reaches a model outside of its own training loop."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lq.calib import Calibrator
+
+REMEDY = "Override `Quantize.calibration_step(pl_module, batch)` and run the model on the batch there."
+
+
+def forward_arguments(forward: Callable[..., Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for ``forward`` out of a batch.
+
+    A tensor is the argument. Of a tuple or list, the first elements are: as many as ``forward`` requires, at least one (so
+    that labels stay behind). Of a dict, the entries are that ``forward`` has parameters for; if there are none and ``forward``
+    requires one argument, the dict itself is.
+
+    Raises:
+        MisconfigurationException: the batch has another type, or does not fit.
+
+    >>> forward_arguments(lambda x: x, (1, 2)), forward_arguments(lambda ids, mask=None: ids, {"ids": 1, "labels": 2})
+    (((1,), {}), ((), {'ids': 1}))
+    """
+    parameters = inspect.signature(forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, Mapping):
+        catches_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+        kwargs = {k: v for k, v in batch.items() if catches_all or k in names}
+        if not kwargs and len(required) == 1:
+            args = (batch,)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and batch:
+        args = tuple(batch[: max(1, len(required))])
+    try:
+        inspect.signature(forward).bind(*args, **kwargs)
+    except TypeError as mismatch:
+        raise MisconfigurationException(f"{_described(batch)} does not fit `forward`: {mismatch}. {REMEDY}") from None
+    if not args and not kwargs:
+        raise MisconfigurationException(f"{_described(batch)} has nothing that `forward` takes. {REMEDY}")
+    return args, kwargs
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"A batch that is a mapping with the keys {list(batch)}"
+    size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
+    return f"A batch of type {type(batch).__name__}{size}"
+
+
+def feed(pl_module: LightningModule, batch: Any) -> None:
+    """Run the module's ``forward`` on a batch, or, if it has none of its own, its ``training_step`` with logging muted."""
+    if type(pl_module).forward is not LightningModule.forward:
+        args, kwargs = forward_arguments(pl_module.forward, batch)
+        pl_module(*args, **kwargs)
+        return
+    with muted(pl_module):
+        pl_module.training_step(batch, 0)
+
+
+@contextmanager
+def muted(pl_module: LightningModule) -> Iterator[None]:
+    """Nothing is logged in the block, and the module's metrics are afterwards what they were."""
+    metrics = [m for m in pl_module.modules() if isinstance(m, Metric) and not isinstance(m, Calibrator)]
+    before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in metrics]
+    for name in ("log", "log_dict"):
+        pl_module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            del pl_module.__dict__[name]
+        for metric, states, count, computed in before:
+            for name, value in states.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, computed
+
+
+@contextmanager
+def untouched_data(loaders: Any) -> Iterator[Any]:
+    """Loaders to take a few batches from; afterwards the order of the data and all random numbers are as if none was taken."""
+    found = [loader for loader in tree_leaves(loaders) if isinstance(loader, DataLoader)]
+    sources = [s for loader in found for s in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
+    generators = {id(g): g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)}
+    states = [(g, g.get_state()) for g in generators.values()]
+    # a copy has workers of its own, so that persistent ones are not started, and advanced, before training
+    copies = tree_map(lambda loader: copy.copy(loader) if isinstance(loader, DataLoader) else loader, loaders)
+    with isolate_rng():
+        try:
+            yield copies
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+def train_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any, limit: int) -> Iterator[Any]:
+    """The first batches of the train loaders, on the module's device and as its training step would get them."""
+    combined = CombinedLoader(loaders, "min_size")
+    for index, (batch, _, _) in enumerate(iter(combined)):
+        if index == min(limit, trainer.num_training_batches):
+            break
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -1,0 +1,135 @@
+"""Places quantizers when a fit is set up, calibrates and rescales when it starts."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from tqdm.auto import tqdm
+
+from lq.calibration import calibrating, check_options
+from lq.callbacks.feeding import feed, train_batches, untouched_data
+from lq.callbacks.stages import validate_stage
+from lq.descriptor import QuantRule
+from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
+from lq.surgery import is_quantized, named_quantizers, quantize_
+
+
+class Quantize(Callback):
+    """Quantizes the module in ``setup`` and calibrates it on the first train batches in ``on_train_start``.
+
+    A checkpoint of the fit has everything: on resume, in ``test`` or in ``predict`` the quantizers are placed again and their
+    scales come from the checkpoint, without another calibration. Calibration runs in evaluation mode without gradients, logs
+    nothing, and leaves random numbers, the order of the data, and BatchNorm statistics as they were.
+
+    Args:
+        rules: preset or rules, as for :func:`lq.quantize_`.
+        method: how amax is chosen: ``max``, ``percentile``, ``mse``, ``entropy``.
+        method_options: ``percentile``, ``start_bin``, ``stride``.
+        batches: train batches to calibrate on, on each rank.
+        alpha: SmoothQuant's migration strength in [0, 1]; ``None`` does not rescale.
+        excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
+        stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
+            metrics, and loggers get them as ``<stage>/<metric>``.
+
+    Raises:
+        ValueError: an argument out of range; rules that do not fit the module; bad calibration data.
+        MisconfigurationException: no calibration batch, or one that the module's ``forward`` does not take.
+    """
+
+    def __init__(
+        self,
+        rules: str | Sequence[QuantRule] = "int8",
+        *,
+        method: str = "mse",
+        method_options: dict[str, Any] | None = None,
+        batches: int = 8,
+        alpha: float | None = 0.5,
+        excluded_modules: Excluded | None = None,
+        stages: bool = True,
+    ) -> None:
+        check_options(method, method_options or {})
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` is {alpha}: it must lie in [0, 1], or be None for no rescaling.")
+        if batches < 1:
+            raise ValueError(f"`batches` is {batches}: calibration needs at least 1.")
+        self.rules, self.method, self.method_options = rules, method, method_options or {}
+        self.batches, self.alpha, self.excluded_modules = batches, alpha, excluded_modules
+        self.validate_stages = stages
+        self.stages: dict[str, dict[str, float]] = {}
+        self.rescaled: list[RescaledGroup] = []
+
+    def calibration_step(self, pl_module: LightningModule, batch: Any) -> None:
+        """Run the model on a calibration batch. Override it for batches that need more.
+
+        By default ``pl_module.forward`` gets: a batch that is a tensor; the first elements of a tuple or list, as many as it
+        requires; those entries of a dict that it has parameters for. A module without a ``forward`` of its own runs
+        ``training_step``, with logging muted.
+        """
+        feed(pl_module, batch)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not is_quantized(pl_module):
+            quantize_(pl_module, self.rules)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if all(quantizer.amax is not None for _, quantizer in named_quantizers(pl_module)):
+            return
+        self._validate(trainer, pl_module, "float")
+        if self.alpha is None or self.validate_stages:
+            self._calibrate(trainer, pl_module)
+            self._validate(trainer, pl_module, "calibrated")
+        if self.alpha is not None:
+            self._rescale(trainer, pl_module, self.alpha)
+            self._calibrate(trainer, pl_module)
+            self._validate(trainer, pl_module, "rescaled")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validate(trainer, pl_module, "qat")
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with calibrating(pl_module, self.method, **self.method_options):
+            self._run_batches(trainer, pl_module, "Calibrating")
+
+    def _rescale(self, trainer: Trainer, pl_module: LightningModule, alpha: float) -> None:
+        calibrator = RescalingCalibrator(pl_module, excluded_modules=self.excluded_modules, inplace=True)
+        self._run_batches(trainer, pl_module, "Collecting channel ranges", calibrator.collecting)
+        calibrator.rescale(alpha)
+        self.rescaled = calibrator.groups
+
+    def _run_batches(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        description: str,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        seen = 0
+        hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
+        with untouched_data(trainer.train_dataloader) as loaders, trainer.precision_plugin.forward_context():
+            batches = train_batches(trainer, pl_module, loaders, self.batches)
+            for batch in tqdm(batches, description, total=self.batches, disable=hidden, leave=False):
+                with around():
+                    self.calibration_step(pl_module, batch)
+                seen += 1
+        if seen == 0 and trainer.world_size == 1:
+            raise MisconfigurationException(
+                "The train dataloader gave no batch to calibrate on: look at its length, `drop_last` and `limit_train_batches`."
+            )
+
+    def _validate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.validate_stages:
+            return
+        if metrics := validate_stage(trainer):
+            self.stages[stage] = metrics
+            rank_zero_info(f"{stage}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stages": self.stages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stages = state_dict["stages"]

@@ -1,0 +1,66 @@
+"""The learning rate of quantization-aware training."""
+
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lq.schedule import cosine_factor, to_steps
+
+
+class QATSchedule(Callback):
+    """Half a cosine from a share of the original learning rate down to a share of that.
+
+    NVIDIA's recipe: fine-tune for about 10 % of the original epochs, from 1 % of the original learning rate down to 1 % of it.
+    The rate is a pure function of the step, written into every parameter group before each batch, so resuming needs no state. A
+    scheduler of the module's own is overruled, with a warning.
+
+    Put a ``LearningRateMonitor`` behind this callback, so that it sees the rate that is used.
+
+    Args:
+        lr: learning rate to start with, as a share of the one that ``configure_optimizers`` set; ``None`` leaves rates alone.
+        final: learning rate to end with, as a share of the first.
+        warmup: linear warm-up: steps, or as a float a share of all steps.
+
+    Raises:
+        ValueError: a share outside its range.
+        MisconfigurationException: manual optimization, or a fit without an end.
+    """
+
+    def __init__(self, lr: float | None = 0.01, final: float = 0.01, warmup: int | float = 0) -> None:
+        if lr is not None and not lr > 0:
+            raise ValueError(f"`lr` is {lr}: it must be a positive share of the original rate, or None.")
+        if not 0 <= final <= 1:
+            raise ValueError(f"`final` is {final}: it must lie in [0, 1].")
+        self.lr, self.final, self.warmup = lr, final, warmup
+        self._initial: list[list[float]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.lr is not None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} has `automatic_optimization = False`, where the module steps its own schedule: "
+                "use `QATSchedule(lr=None)`, or give `QuantizationAwareTraining` `lr=None`."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.lr is None:
+            return
+        if math.isinf(trainer.estimated_stepping_batches):
+            raise MisconfigurationException("A cosine needs an end: set `max_epochs` or `max_steps`, or `QATSchedule(lr=None)`.")
+        # optimizer states are not restored yet, so these are the rates of `configure_optimizers` on resume too
+        self._initial = [[g.get("initial_lr", g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
+        if trainer.lr_scheduler_configs:
+            names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+            rank_zero_warn(f"QATSchedule overrules the learning rates of {names}; `QATSchedule(lr=None)` keeps them.")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.lr is None:
+            return
+        total = int(trainer.estimated_stepping_batches)
+        warmup = to_steps(self.warmup, total, "warmup") or 0
+        factor = self.lr * cosine_factor(trainer.global_step, total, final=self.final, warmup=warmup)
+        for optimizer, rates in zip(trainer.optimizers, self._initial, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor

@@ -1,0 +1,112 @@
+"""BatchNorm into the quantized layer before it, so that its codes stay what they were trained to be."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional.fake_quant import tensor_quant
+from lq.graph import Flow, trace
+from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, QuantMixin, TensorQuantizer
+
+# Layers whose weight has its output channels first. Transposed convolutions have them second, where a factor per output does
+# not commute with a scale per axis 0: their BatchNorm stays.
+OUTPUTS_FIRST = (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def fold_batchnorm_(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[str]:
+    """Fold each BatchNorm that alone consumes a layer with a quantized weight into that layer, in place.
+
+    With :math:`f = \\gamma / \\sqrt{\\sigma^2 + \\epsilon}` the layer's weight becomes :math:`f Q(W)`, its bias
+    :math:`f (b - \\mu) + \\beta` and the weight's amax :math:`|f|\\,amax`, per output channel also where it was per tensor: the
+    integer codes are those of before, negated where :math:`f < 0` (Jacob et al., 2018, arXiv:1712.05877, section 3.2, fold before
+    quantizing; here after it, since the scales are trained). Where codes could not stay (-128 with a negative f) the BatchNorm stays.
+
+    Args:
+        model: in evaluation mode; a copy, since it changes.
+        args: positional inputs of one forward.
+        kwargs: keyword inputs of it.
+
+    Returns:
+        Names of the layers that took a BatchNorm in.
+    """
+    layers = {name: m for name, m in model.named_modules() if _takes_factor(m)}
+    if not layers or not any(type(m) in BATCH_NORMS for m in model.modules()):
+        return []
+    flow = trace(model, args, dict(kwargs or {}))
+    folded = []
+    for name, layer in layers.items():
+        norm = flow.only_consumer(layer)
+        if norm is not None and _has_fixed_statistics(norm) and _on_channels(flow, layer) and _fold_(layer, norm):
+            _replace_(model, norm, nn.Identity())
+            folded.append(name)
+    return folded
+
+
+def _takes_factor(module: nn.Module) -> bool:
+    # a weight that is computed (a parametrization, weight_norm) would be computed again
+    if not isinstance(module, OUTPUTS_FIRST) or module._parameters.get("weight") is None:
+        return False
+    quantizer, amax = module.weight_quantizer, module.weight_quantizer.amax
+    if not quantizer.active or not quantizer.fake_quant or amax is None:
+        return False
+    return amax.numel() == 1 or (amax.dim() == module.weight.dim() and amax.shape[0] == amax.numel())
+
+
+def _has_fixed_statistics(norm: nn.Module) -> bool:
+    return type(norm) in BATCH_NORMS and norm.running_mean is not None and norm.running_var is not None
+
+
+def _on_channels(flow: Flow, layer: nn.Module) -> bool:
+    # BatchNorm works on axis 1: a Linear layer on (batch, time, features) has its channels elsewhere
+    return flow.ndim[flow.calls_of(layer)[0].outputs[0]] == layer.weight.dim()  # type: ignore[operator, union-attr]
+
+
+@torch.no_grad()
+def _fold_(layer: nn.Module, norm: Any) -> bool:
+    """Fold, and say whether the codes could stay."""
+    assert isinstance(layer, QuantMixin)
+    weight, quantizer = layer.weight, layer.weight_quantizer
+    assert isinstance(weight, Tensor)
+    factor, shift = _affine(norm)
+    column = factor.reshape(-1, *[1] * (weight.dim() - 1))
+    quantized = quantizer(weight)
+    # a channel that gamma silences keeps its amax: all of its codes are 0, whatever the scale
+    amax = (quantizer.amax * torch.where(column == 0, 1.0, column.abs())).float()
+    new_weight = (quantized * column).float()
+    if not _same_codes(quantizer, quantized, new_weight, amax, column.sign().float()):
+        return False
+    bias = getattr(layer, "bias", None)
+    new_bias = shift if bias is None else bias * factor + shift
+    layer.weight = nn.Parameter(new_weight, requires_grad=False)
+    layer.bias = nn.Parameter(new_bias.float(), requires_grad=False)
+    # the factor that came before quantization is in the codes now
+    quantizer._amax, quantizer._pre_quant_scale = amax, None
+    return True
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in evaluation does, as ``factor * x + shift``, in float64 (one rounding when it is done)."""
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -norm.running_mean.double() * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _same_codes(quantizer: TensorQuantizer, old: Tensor, new: Tensor, new_amax: Tensor, sign: Tensor) -> bool:
+    desc = quantizer.quant_desc
+    grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
+    assert quantizer.amax is not None
+    before = tensor_quant(old, quantizer.amax, *grid)[0] * sign
+    return torch.equal(before, tensor_quant(new, new_amax, *grid)[0])
+
+
+def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in model.modules():
+        # not named_children, which gives a module that has two names in one parent only once
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new

@@ -1,0 +1,166 @@
+"""Who feeds whom in a model, found by running it once: works on any Python code, control flow included.
+
+Forward hooks see the calls of leaf modules, a ``TorchFunctionMode`` sees every function that code outside of them calls. A tensor
+is followed by its identity, and an operation in place makes a new value of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lq.nn.evaluating import evaluating
+from lq.nn.tensor_quantizer import TensorQuantizer
+
+# Functions that look at a tensor's form and not at its values.
+LOOKS = frozenset(
+    {"__get__", "size", "dim", "numel", "__len__", "stride", "is_contiguous", "is_floating_point", "get_device", "type"}
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a leaf module, or of a function (by its name), in terms of values."""
+
+    target: nn.Module | str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class Flow:
+    """The calls of one run, in order. A value is a number; ``ndim`` has its dimensions."""
+
+    calls: list[Call] = field(default_factory=list)
+    ndim: dict[int, int] = field(default_factory=dict)
+    returned: set[int] = field(default_factory=set)
+
+    def calls_of(self, module: nn.Module) -> list[Call]:
+        """Calls of a module."""
+        return [call for call in self.calls if call.target is module]
+
+    def consumers(self, value: int) -> list[Call]:
+        """Calls that take a value, once for each time they take it."""
+        return [call for call in self.calls for taken in call.inputs if taken == value]
+
+    def producer(self, value: int) -> Call | None:
+        """The call that gave a value; ``None`` for inputs of the model and parameters."""
+        return next((call for call in self.calls if value in call.outputs), None)
+
+    def only_consumer(self, module: nn.Module) -> nn.Module | None:
+        """The leaf module that alone takes the output of ``module``; ``None`` if there is more to it than one call each."""
+        calls = self.calls_of(module)
+        if len(calls) != 1 or len(calls[0].outputs) != 1 or calls[0].outputs[0] in self.returned:
+            return None
+        takers = self.consumers(calls[0].outputs[0])
+        if len(takers) != 1 or isinstance(takers[0].target, str) or len(self.calls_of(takers[0].target)) != 1:
+            return None
+        return takers[0].target
+
+
+class _Tracer(TorchFunctionMode):
+    """Fills a :class:`Flow` while it is active."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+        self.values = WeakIdKeyDictionary()
+        self.inside = 0
+
+    def value(self, tensor: Tensor) -> int:
+        if tensor not in self.values:
+            self.values[tensor] = self._new(tensor)
+        return int(self.values[tensor])
+
+    def _new(self, tensor: Tensor) -> int:
+        number = len(self.flow.ndim)
+        self.flow.ndim[number] = tensor.dim()
+        return number
+
+    def record(self, target: nn.Module | str, taken: tuple[int, ...], output: Any) -> None:
+        outputs = _tensors(output)
+        for tensor in outputs:
+            # also for a tensor that was changed in place: from here on it is another value
+            self.values[tensor] = self._new(tensor)
+        self.flow.calls.append(Call(target, taken, tuple(self.value(t) for t in outputs)))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if self.inside or name in LOOKS:
+            return func(*args, **kwargs)
+        taken = tuple(self.value(t) for t in _tensors((args, kwargs)))
+        output = func(*args, **kwargs)
+        if taken:
+            self.record(name, taken, output)
+        return output
+
+    def attach(self, leaf: nn.Module) -> list[RemovableHandle]:
+        taken: list[tuple[int, ...]] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self.inside:
+                taken.append(tuple(self.value(t) for t in _tensors((args, kwargs))))
+            self.inside += 1
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.inside -= 1
+            if not self.inside:
+                self.record(module, taken.pop(), output)
+
+        return [
+            leaf.register_forward_pre_hook(before, with_kwargs=True),
+            leaf.register_forward_hook(after, with_kwargs=True),
+        ]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is looked at from outside: it has no children but quantizers."""
+    return not any(not isinstance(child, TensorQuantizer) for child in module.children())
+
+
+@contextmanager
+def tracing(model: nn.Module) -> Iterator[Flow]:
+    """Record what runs in the block: leaf modules of ``model``, and every torch function outside of them.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> with tracing(model) as flow:
+    ...     _ = model(torch.ones(1, 2)) + 1
+    >>> [call.target if isinstance(call.target, str) else type(call.target).__name__ for call in flow.calls]
+    ['Linear', 'ReLU', 'add']
+    """
+    flow = Flow()
+    tracer = _Tracer(flow)
+    handles: list[RemovableHandle] = []
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not tracer.inside:
+            flow.returned.update(tracer.value(t) for t in _tensors(output))
+
+    leaves = [m for m in model.modules() if is_leaf(m) and not isinstance(m, TensorQuantizer)]
+    try:
+        for leaf in leaves:
+            handles += tracer.attach(leaf)
+        handles.append(model.register_forward_hook(leave))
+        with tracer:
+            yield flow
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Flow:
+    """Run ``model`` once, in evaluation mode and without gradients, and say who feeds whom."""
+    with evaluating(model), tracing(model) as flow:
+        model(*args, **(kwargs or {}))
+    return flow
