@@ -1,0 +1,1 @@
+"""Hydra configs of the command line. They are package data; nothing imports this."""

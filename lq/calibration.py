@@ -83,12 +83,13 @@ def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **
             f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
             "through the model, or leave layers that it never calls out with a rule without descriptors."
         )
-    for name, (quantizer, weight) in roles.items():
+    plain = [name for name, (q, weight) in roles.items() if weight is None and not isinstance(q.calibrator, HistogramCalibrator)]
+    if plain and method not in ("max", "noclipping"):
+        raise ValueError(f"`{plain[0]}` has no histogram for method {method!r}: calibrate with `method={method!r}`.")
+    for quantizer, _ in roles.values():
         before = None if quantizer.amax is None else quantizer.amax.clone()
         if isinstance(quantizer.calibrator, HistogramCalibrator):
             quantizer.load_calib_amax(method, **options)
-        elif weight is None and method not in ("max", "noclipping"):
-            raise ValueError(f"`{name}` has no histogram for method {method!r}: calibrate with `method={method!r}`.")
         else:
             quantizer.load_calib_amax()
         if momentum and before is not None and quantizer.amax is not None:
@@ -149,10 +150,7 @@ def _sync(roles: Roles, error: str | None = None) -> None:
             f"NaN or Inf in calibration data, first at `{broken[0]}` ({len(broken)} of {len(roles)} quantizers): "
             "look for bad samples, or for a layer that overflows."
         )
-    try:
-        sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
-    except RuntimeError as failure:
-        raise ValueError(str(failure)) from None
+    sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
 
 
 def check_options(method: str, options: dict[str, Any]) -> None:

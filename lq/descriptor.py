@@ -113,8 +113,11 @@ class QuantRule:
 
     Args:
         pattern: shell wildcards, matched against the module's dotted name; ``*`` also crosses dots.
-        input: descriptor of the input, ``None`` leaves it in float.
-        weight: descriptor of the weight, ``None`` leaves it in float. With both ``None`` the module is not touched.
+        input: descriptor of the input, or a mapping of its fields; ``None`` leaves it in float.
+        weight: of the weight, likewise. With both ``None`` the module is not touched.
+
+    >>> QuantRule("*.head", weight={"num_bits": 4, "axis": 0}).weight.dict()
+    {'num_bits': 4, 'axis': 0}
     """
 
     pattern: str
@@ -124,9 +127,23 @@ class QuantRule:
     def __post_init__(self) -> None:
         for name in ("input", "weight"):
             desc = getattr(self, name)
+            if isinstance(desc, Mapping):
+                desc = QuantDescriptor.from_dict(desc)
+                object.__setattr__(self, name, desc)
             if desc is not None and not isinstance(desc, QuantDescriptor):
                 raise TypeError(f"`{name}` of rule {self.pattern!r} is {desc!r}: it must be a QuantDescriptor or None.")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantRule":
+        """A rule from a mapping; an unknown key is refused by name."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"Unknown rule key {', '.join(map(repr, unknown))}: choose among {', '.join(known)}.")
+        return cls(**values)
+
+
+# A preset's name, or rules, each of them also as a mapping.
+Rules = str | Sequence[QuantRule | Mapping[str, Any]]
 
 # What TensorRT and ONNX Runtime execute: full-range activations per tensor, narrow weights per output channel.
 INT8_INPUT = QuantDescriptor(narrow_range=False)
@@ -140,10 +157,10 @@ PRESETS: dict[str, list[QuantRule]] = {
 }
 
 
-def resolve_rules(rules: str | Sequence[QuantRule]) -> list[QuantRule]:
+def resolve_rules(rules: Rules) -> list[QuantRule]:
     """A preset's rules, or the given ones."""
     if not isinstance(rules, str):
-        return list(rules)
+        return [rule if isinstance(rule, QuantRule) else QuantRule.from_dict(rule) for rule in rules]
     if rules not in PRESETS:
         raise ValueError(f"`rules` is {rules!r}: choose a preset among {', '.join(PRESETS)}, or give a list of QuantRule.")
     return PRESETS[rules]

@@ -142,8 +142,8 @@ class RescalingCalibrator:
             The rescaled model: ``model`` itself if ``inplace``, else the copy.
 
         Raises:
-            ValueError: alpha outside [0, 1], or no batch was collected.
-            RuntimeError: called a second time; NaN or Inf in the data.
+            ValueError: alpha outside [0, 1], no batch was collected, or NaN or Inf in one.
+            RuntimeError: called a second time.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` is {alpha}: it must lie in [0, 1].")
@@ -181,12 +181,10 @@ class RescalingCalibrator:
     def _rescale_group(self, group: _Group, alpha: float) -> RescaledGroup:
         inputs = torch.stack([self._input_amax(m) for m in group.layers]).amax(dim=0)
         weights = torch.stack([_weight_amax(m) for m in group.layers]).amax(dim=0)
-        # what is inserted is float32: the weights take exactly its inverse, whatever their own dtype
-        shrink = smooth_factors(inputs, weights, alpha).reciprocal()
-        factors = shrink.double().reciprocal()
+        factors = smooth_factors(inputs, weights, alpha)
         for module in group.layers:
-            scale_input_channels_(module, factors)
-            _insert_(module, shrink if group.norm is None else None)
+            _forget_amax(module)
+            scale_input_channels_(module, factors if group.norm is not None else _insert_(module, factors))
         if group.norm is not None:
             for parameter in (group.norm.weight, group.norm.bias if hasattr(group.norm, "bias") else None):
                 if isinstance(parameter, Tensor):
@@ -308,14 +306,21 @@ def _passes(call: Call) -> bool:
 # Inserting
 
 
-def _insert_(module: nn.Module, shrink: Tensor | None) -> None:
-    """Multiply the module's input by ``shrink``, in place, and drop the amax of what has changed."""
-    if shrink is None and not isinstance(module, QuantInputMixin):
-        return
+def _insert_(module: nn.Module, factors: Tensor) -> Tensor:
+    """Divide the module's input by ``factors``, in place; returns, in float64, what the weights have to be multiplied by.
+
+    What is inserted is rounded to float32: the weights take exactly its inverse, whatever their own dtype.
+    """
     quantized = module if isinstance(module, QuantInputMixin) else to_quantized_(module)
-    for quantizer in quantized.quantizers().values():
-        quantizer.amax = None
-    if shrink is not None:
-        quantizer = quantized.input_quantizer
-        scale = shrink.reshape(-1, *[1] * len(getattr(module, "kernel_size", ())))
-        quantizer.pre_quant_scale = scale if quantizer.pre_quant_scale is None else scale * quantizer.pre_quant_scale
+    quantizer = quantized.input_quantizer
+    shape = (-1, *[1] * len(getattr(module, "kernel_size", ())))
+    before = torch.ones_like(factors).reshape(shape) if quantizer.pre_quant_scale is None else quantizer.pre_quant_scale
+    quantizer.pre_quant_scale = before / factors.reshape(shape)
+    return (before.double() / quantizer.pre_quant_scale.double()).flatten()
+
+
+def _forget_amax(module: nn.Module) -> None:
+    """Drop the amax of quantizers whose tensors change."""
+    if isinstance(module, QuantInputMixin):
+        for quantizer in module.quantizers().values():
+            quantizer.amax = None

@@ -1,13 +1,13 @@
 """Verbs on a whole model: place quantizers, freeze them, take them out again."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
 
-from lq.descriptor import QuantRule, resolve_rules
+from lq.descriptor import QuantRule, Rules, resolve_rules
 from lq.nn.quant_module import QUANT_MODULES, is_quantizable, to_float_, to_quantized_
 from lq.nn.tensor_quantizer import TensorQuantizer
 
@@ -35,7 +35,7 @@ def is_quantized(model: nn.Module) -> bool:
 # Placing and removing
 
 
-def quantize_(model: M, rules: str | Sequence[QuantRule] = "int8") -> M:
+def quantize_(model: M, rules: Rules = "int8") -> M:
     """Put quantizers into ``model``, in place, as the rules say; the last rule that matches a module wins.
 
     Modules keep their identity, parameters and hooks. Until they are calibrated the new quantizers pass their input through,

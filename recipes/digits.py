@@ -9,9 +9,11 @@ quantization: ``lq`` gets into the training through a callback. It needs no down
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ class DigitsDataModule(LightningDataModule):
         images = (torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) - MEAN) / STD
         digits = torch.tensor(labels, dtype=torch.int64)
         train, val = train_test_split(
-            torch.arange(len(digits)), test_size=self.hparams["val_fraction"], random_state=self.hparams["seed"], stratify=labels
+            np.arange(len(digits)), test_size=self.hparams["val_fraction"], random_state=self.hparams["seed"], stratify=labels
         )
         self.train_set = TensorDataset(images[train], digits[train])
         self.val_set = TensorDataset(images[val], digits[val])
@@ -69,8 +71,9 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
+        y: Tensor = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)) + x)
+        return y
 
 
 class DigitsClassifier(LightningModule):
@@ -96,7 +99,8 @@ class DigitsClassifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.pool(self.block(self.stem(images)))
-        return self.head(self.average(self.widen(x)).flatten(1))
+        logits: Tensor = self.head(self.average(self.widen(x)).flatten(1))
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, digits = batch
@@ -108,10 +112,10 @@ class DigitsClassifier(LightningModule):
         images, digits = batch
         logits = self(images)
         self.val_acc(logits, digits)
-        self.log("val_loss", F.cross_entropy(logits, digits), prog_bar=True)
+        self.log("val_loss", F.cross_entropy(logits, digits), prog_bar=True, sync_dist=True)
         self.log("val_acc", self.val_acc, prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.SGD(
             self.parameters(), self.hparams["lr"], momentum=0.9, nesterov=True, weight_decay=self.hparams["weight_decay"]
         )

@@ -55,25 +55,35 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 def accuracy(report: Report) -> Figure | None:
     """What each stage costs against the float model, and the metric over the steps where the history has it."""
-    if not report.stages or not baseline(report.stages).metrics:
+    metrics = _finite(baseline(report.stages).metrics) if report.stages else {}
+    if not metrics:
         return None
-    metrics = baseline(report.stages).metrics
     metric = next((name for name, value in metrics.items() if is_share(name, [value])), next(iter(metrics)))
-    points = [(row["step"], row[metric]) for row in report.history if metric in row and "step" in row]
+    points = _points(report, metric)
     factor, unit = (100.0, "%") if is_share(metric, [metrics[metric]]) else (1.0, "")
     figure = Figure(figsize=(WIDTH, 0.9 + 0.4 * max(3, len(report.stages))))
     axes = figure.subplots(1, 2 if len(points) > 1 else 1, squeeze=False)[0]
-    values = {stage.name: factor * stage.metrics[metric] for stage in report.stages if metric in stage.metrics}
+    values = {stage.name: factor * stage.metrics[metric] for stage in report.stages if metric in _finite(stage.metrics)}
     _differences(axes[0], values, factor * metrics[metric], baseline(report.stages).name, metric, unit)
     if len(points) > 1:
         _over_steps(axes[1], [(step, factor * value) for step, value in points], values, metric, unit)
     return figure
 
 
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def _points(report: Report, key: str) -> list[tuple[float, float]]:
+    """Steps and values of a metric, where the history has both."""
+    rows = map(_finite, report.history)
+    return [(row["step"], row[key]) for row in rows if key in row and "step" in row]
+
+
 def _differences(ax: Axes, values: dict[str, float], reference: float, reference_name: str, metric: str, unit: str) -> None:
     places = np.arange(len(values))
     differences = np.array(list(values.values())) - reference
-    ax.barh(places, differences, height=0.55, color=[BLUE if d >= 0 else ORANGE for d in differences])
+    ax.barh(places, differences, height=0.55, color=[ORANGE if unit and d < 0 else BLUE for d in differences])
     ax.axvline(0, color=GREY, linewidth=1)
     ax.set_yticks(places, list(values), color="black")
     ax.invert_yaxis()
@@ -166,23 +176,22 @@ def _histogram(ax: Axes, name: str, data: Histogram) -> None:
     edges, counts = _coarser(data)
     floor = 0.5
     heights = np.where(counts > 0, counts, floor)
-    beyond = edges[:-1] >= data.amax
+    beyond = edges[:-1] >= data.first_beyond * data.width
     for colour, label, selected in ((BLUE, "kept", ~beyond), (ORANGE, "beyond amax", beyond)):
         shown = np.where(selected, heights, floor)
         ax.stairs(shown, edges, baseline=floor, fill=True, color=colour, alpha=0.75, label=label)
     ax.axvline(data.amax, color="black", linewidth=1.1, label="amax")
     ax.set_yscale("log")
     ax.set_ylim(floor, 3 * heights.max())
-    ax.set_xlim(0, 1.03 * max(data.peak, data.amax))
+    ax.set_xlim(0, 1.03 * max(data.peak, data.amax) or 1)
     _title(ax, name, f"amax {data.amax:.3g}, {100 * data.beyond:.2g} % beyond")
 
 
 def _coarser(data: Histogram) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Edges and counts of few enough bins to draw, with an edge at the bin that amax cuts."""
+    """Edges and counts of few enough bins to draw, with an edge where those beyond amax begin."""
     used = min(len(data.counts), int(data.peak / data.width) + 1)
     group = -(-used // BINS_DRAWN)
-    first = int(data.amax / data.width + 0.5) % group
-    starts = np.unique(np.concatenate([[0], np.arange(first, used, group)]))
+    starts = np.unique(np.concatenate([[0], np.arange(data.first_beyond % group, used, group)]))
     counts = np.add.reduceat(data.counts[:used].numpy(), starts)
     return np.append(starts, used) * data.width, counts
 
@@ -190,11 +199,7 @@ def _coarser(data: Histogram) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
 def amax(report: Report) -> Figure | None:
     """How amax of each input moved over the steps."""
     keys = dict.fromkeys(key for row in report.history for key in row if key.startswith("amax/") and not key.endswith(".weight"))
-    series = {
-        key.removeprefix("amax/"): [(row["step"], row[key]) for row in report.history if key in row and "step" in row]
-        for key in keys
-    }
-    series = {name: points for name, points in series.items() if points}
+    series = {key.removeprefix("amax/"): points for key in keys if (points := _points(report, key))}
     with _panels(_worst(series, report), len(series), "step", "amax", sharex=True) as (figure, axes):
         for name, ax in axes.items():
             steps, values = (np.array(column) for column in zip(*series[name], strict=True))

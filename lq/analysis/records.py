@@ -62,10 +62,14 @@ class Histogram:
 
     @property
     def beyond(self) -> float:
-        """Share of the values in bins that start at ``amax`` or above, 0 to 1."""
-        first = math.ceil(self.amax / self.width)
+        """Share of the values in bins that lie beyond ``amax``, 0 to 1; the bin that has it counts as kept."""
         total = int(self.counts.sum())
-        return int(self.counts[first:].sum()) / total if total else 0.0
+        return int(self.counts[self.first_beyond :].sum()) / total if total else 0.0
+
+    @property
+    def first_beyond(self) -> int:
+        """The first bin that lies beyond ``amax``."""
+        return math.floor(self.amax / self.width) + 1
 
 
 @dataclass(frozen=True)

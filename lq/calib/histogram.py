@@ -8,7 +8,7 @@ from torch import Tensor
 from lq.calib.calibrator import Calibrator
 from lq.functional import histogram
 from lq.functional.amax import Axis
-from lq.functional.threshold import Search, threshold
+from lq.functional.threshold import Search, check_method, threshold
 
 
 class HistogramCalibrator(Calibrator):
@@ -80,6 +80,7 @@ class HistogramCalibrator(Calibrator):
         Raises:
             ValueError: an unknown method, or an option out of range.
         """
+        check_method(method)
         search = Search(self.num_bits, self.unsigned, percentile, start_bin, stride)
         if not self.collected:
             return None

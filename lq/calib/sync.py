@@ -38,7 +38,7 @@ def sync_calibrators(calibrators: Sequence[Calibrator], error: str | None = None
         error: why this rank cannot go on; then every rank raises, and none waits for ever.
 
     Raises:
-        RuntimeError: a rank reported an error; the message is that of the first rank that did.
+        ValueError: a rank reported an error (the message is that of the first one), or ranks saw different shapes.
     """
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     reports: list[Any] = [(error, [c.shape for c in calibrators])]
@@ -47,13 +47,13 @@ def sync_calibrators(calibrators: Sequence[Calibrator], error: str | None = None
         dist.all_gather_object(reports, (error, [c.shape for c in calibrators]))
     for rank, (failure, _) in enumerate(reports):
         if failure is not None:
-            raise RuntimeError(f"Calibration failed on rank {rank}: {failure}" if distributed else failure)
+            raise ValueError(f"Calibration failed on rank {rank}: {failure}" if distributed else failure)
     if not distributed or not calibrators:
         return
     for i, calibrator in enumerate(calibrators):
         seen = {shapes[i] for _, shapes in reports} - {None}
         if len(seen) > 1:
-            raise RuntimeError(f"amax has different shapes on the ranks: {sorted(seen)}. Give every rank data of one shape.")
+            raise ValueError(f"amax has different shapes on the ranks: {sorted(seen)}. Give every rank data of one shape.")
         if seen:
             calibrator.adopt(seen.pop())
     before = [c.metric_state for c in calibrators]

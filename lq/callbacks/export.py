@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lq.callbacks.feeding import forward_arguments
+from lq.export import to_onnx
 
 
 class OnnxExport(Callback):
@@ -35,8 +36,6 @@ class OnnxExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        from lq.export import to_onnx
-
         example = pl_module.example_input_array
         if example is None:
             args, kwargs = forward_arguments(pl_module.forward, self._batch)

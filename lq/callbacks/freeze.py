@@ -50,6 +50,7 @@ class ScaleFreeze(Callback):
         self._every: int | None = None
         self._freeze: int | None = None
         self._observing = False
+        self._batchnorms: set[nn.Module] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -70,9 +71,13 @@ class ScaleFreeze(Callback):
             observe_(pl_module, self.method)
             self._observing = True
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        while self._batchnorms:
+            self._batchnorms.pop().training = True
+
     def _freeze_batchnorm(self, pl_module: LightningModule) -> None:
-        # every batch, because Lightning puts the module into train mode again at each epoch
-        if self.batchnorm:
-            for module in pl_module.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.training = False
+        # every batch, because whoever puts the module into train mode takes its BatchNorms along
+        for module in pl_module.modules() if self.batchnorm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                module.training = False
+                self._batchnorms.add(module)

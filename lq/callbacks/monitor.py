@@ -44,14 +44,20 @@ class QuantMonitor(Callback):
             return
         stats, self._stats = self._stats, None
         self._stack.close()
-        metrics = {f"saturated/{name}": s.saturated for name, s in stats.items()}
-        metrics |= {f"amax/{name}": q.amax.max().item() for name, q in named_quantizers(pl_module) if q.amax is not None}
+        metrics = _metrics(pl_module, stats)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stats = None
         self._stack.close()
+
+
+def _metrics(pl_module: LightningModule, stats: dict[str, QuantizerStats]) -> dict[str, float]:
+    """What to log, fetched from the device at once."""
+    values = {f"saturated/{n}": s.totals[0] / s.totals[1] for n, s in stats.items() if s.totals is not None}
+    values |= {f"amax/{n}": q.amax.max().double() for n, q in named_quantizers(pl_module) if q.amax is not None}
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
 
 
 def log_histograms(logger: Logger, pl_module: LightningModule, step: int) -> None:

@@ -1,6 +1,5 @@
 """The whole recipe in one callback."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.schedule import QATSchedule
-from lq.descriptor import QuantRule
+from lq.descriptor import Rules
 
 
 class QuantizationAwareTraining(Callback):
@@ -35,7 +34,7 @@ class QuantizationAwareTraining(Callback):
 
     def __init__(
         self,
-        rules: str | Sequence[QuantRule] = "int8",
+        rules: Rules = "int8",
         *,
         method: str = "mse",
         alpha: float | None = 0.5,

@@ -1,24 +1,24 @@
-"""Places quantizers when a fit is set up, calibrates and rescales when it starts."""
+"""Places quantizers when a fit is set up, calibrates and rescales it when training starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
 from lq.calibration import calibrating, check_options
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
-from lq.descriptor import QuantRule
+from lq.descriptor import Rules
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
 from lq.surgery import is_quantized, named_quantizers, quantize_
 
 
 class Quantize(Callback):
-    """Quantizes the module in ``setup`` and calibrates it on the first train batches in ``on_train_start``.
+    """Quantizes the module in ``setup`` and calibrates it on a few train batches in ``on_train_start``.
 
     A checkpoint of the fit has everything: on resume, in ``test`` or in ``predict`` the quantizers are placed again and their
     scales come from the checkpoint, without another calibration. Calibration runs in evaluation mode without gradients, logs
@@ -41,7 +41,7 @@ class Quantize(Callback):
 
     def __init__(
         self,
-        rules: str | Sequence[QuantRule] = "int8",
+        rules: Rules = "int8",
         *,
         method: str = "mse",
         method_options: dict[str, Any] | None = None,

@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.utilities import _reset_progress
+from lightning.pytorch.utilities.seed import isolate_rng
 
 
 def validate_stage(trainer: Trainer) -> dict[str, float]:
@@ -18,7 +19,8 @@ def validate_stage(trainer: Trainer) -> dict[str, float]:
     try:
         trainer._logger_connector.reset_results()
         trainer._logger_connector.reset_metrics()
-        loop.run()
+        with isolate_rng():
+            loop.run()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         trainer._logger_connector.reset_results()
         trainer._logger_connector.reset_metrics()

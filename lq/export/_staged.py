@@ -1,6 +1,5 @@
 """Files that appear whole or not at all."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,4 +35,4 @@ def staged(path: Path) -> Iterator[Path]:
         beside = sorted(p for p in stand_in.parent.iterdir() if p != stand_in)
         # the file that refers to the others comes last
         for file in [*beside, stand_in]:
-            os.replace(file, path.parent / file.name)
+            file.replace(path.parent / file.name)

@@ -21,8 +21,9 @@ def fold_batchnorm_(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mappin
 
     With :math:`f = \\gamma / \\sqrt{\\sigma^2 + \\epsilon}` the layer's weight becomes :math:`f Q(W)`, its bias
     :math:`f (b - \\mu) + \\beta` and the weight's amax :math:`|f|\\,amax`, per output channel also where it was per tensor: the
-    integer codes are those of before, negated where :math:`f < 0` (Jacob et al., 2018, arXiv:1712.05877, section 3.2, fold before
-    quantizing; here after it, since the scales are trained). Where codes could not stay (-128 with a negative f) the BatchNorm stays.
+    integer codes are those of before, negated where :math:`f < 0`. (Jacob et al., 2018, arXiv:1712.05877, section 3.2, fold
+    before they quantize; here the scales are trained already.) Where codes could not stay, -128 with a negative f, the BatchNorm
+    does.
 
     Args:
         model: in evaluation mode; a copy, since it changes.
@@ -61,20 +62,22 @@ def _has_fixed_statistics(norm: nn.Module) -> bool:
 
 def _on_channels(flow: Flow, layer: nn.Module) -> bool:
     # BatchNorm works on axis 1: a Linear layer on (batch, time, features) has its channels elsewhere
-    return flow.ndim[flow.calls_of(layer)[0].outputs[0]] == layer.weight.dim()  # type: ignore[operator, union-attr]
+    assert isinstance(layer.weight, Tensor)
+    return flow.ndim[flow.calls_of(layer)[0].outputs[0]] == layer.weight.dim()
 
 
 @torch.no_grad()
 def _fold_(layer: nn.Module, norm: Any) -> bool:
     """Fold, and say whether the codes could stay."""
     assert isinstance(layer, QuantMixin)
-    weight, quantizer = layer.weight, layer.weight_quantizer
+    weight, quantizer, old_amax = layer.weight, layer.weight_quantizer, layer.weight_quantizer.amax
     assert isinstance(weight, Tensor)
+    assert old_amax is not None
     factor, shift = _affine(norm)
     column = factor.reshape(-1, *[1] * (weight.dim() - 1))
     quantized = quantizer(weight)
     # a channel that gamma silences keeps its amax: all of its codes are 0, whatever the scale
-    amax = (quantizer.amax * torch.where(column == 0, 1.0, column.abs())).float()
+    amax = (old_amax * torch.where(column == 0, 1.0, column.abs())).float()
     new_weight = (quantized * column).float()
     if not _same_codes(quantizer, quantized, new_weight, amax, column.sign().float()):
         return False

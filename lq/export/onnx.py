@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from lq.export._require import require
 from lq.export._staged import staged
+from lq.export.check import check_exportable
 from lq.export.fold import fold_batchnorm_
-from lq.export.qdq import fits_int8, lower_fake_quant_, translation_table
-from lq.nn import QuantMixin, TensorQuantizer
-from lq.surgery import named_quantizers
+from lq.export.inputs import as_args, batch_shapes, on_device_of
+from lq.export.scales import raise_dead_scales_
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# A protobuf message ends at 2 GiB; the rest is for the graph itself
+# A protobuf message ends at 2 GiB; what is left is for the graph itself.
 MAX_IN_ONE_FILE = 2**31 - 2**27
 
 
@@ -35,17 +34,97 @@ def to_onnx(
     dynamic_shapes: Any = "batch",
     opset: int | None = None,
 ) -> Path:
-    p = Path(path)
-    check_exportable(model)
-    require("onnx","onnxscript","onnx_ir")
-    args = args if isinstance(args, tuple) else (args,)
-    with staged(p) as file:
-        copied = copy.deepcopy(model).eval()
-        fold_batchnorm_(copied, args, kwargs)
-        prog = torch.onnx.export(copied, args, kwargs=dict(kwargs or {}), dynamo=True, custom_translation_table=translation_table(), verbose=False, dynamic_shapes=tree_map(lambda t:{0:torch.export.Dim("batch")}, args), opset_version=opset)
-        lower_fake_quant_(prog.model)
-        import onnx_ir as ir
-        ir.save(prog.model, file)
-    return p
+    """Write ``model`` as ONNX: inputs pass QuantizeLinear and DequantizeLinear, weights are int8 behind a DequantizeLinear.
 
-def check_exportable(model): pass
+    The file computes what the fake-quantized model does. Zero points are 0 and scales are ``amax / qmax``, per tensor or along
+    one axis (Jacob et al., 2018, arXiv:1712.05877, eq. 1; ONNX operators QuantizeLinear, DequantizeLinear). All codes are int8,
+    as TensorRT wants them: inputs with fewer bits, with ``narrow_range``, or unsigned (up to 7 bits) are clipped to their range
+    first. A BatchNorm that alone consumes a quantized convolution or linear layer is folded into it and changes no code; one
+    behind a transposed convolution stays. Channels whose weights are dead beside their bias get a larger scale
+    (:func:`lq.export.scales.raise_dead_scales_`). What a disabled quantizer meets stays float, as does a model without any.
+    The model is exported as in evaluation, and is itself not changed.
+
+    Args:
+        model: float32; calibrated, if it has quantizers.
+        args: positional inputs of one forward, a tensor or a tuple; they are moved to the model's device.
+        path: the file to write. Beside it stands ``<path>.data`` where one file cannot hold the weights (2 GiB).
+        kwargs: keyword inputs of the forward.
+        dynamic_shapes: ``"batch"``: axis 0 is free in every tensor that has the size of the first one there; ``None``: all
+            shapes as given; else as :func:`torch.export.export` takes it.
+        opset: version of the ONNX operators; ``None`` is what ``torch.onnx`` prefers.
+
+    Returns:
+        ``path``. It is written whole or, on any error, not at all.
+
+    Raises:
+        ImportError: the extra ``export`` is not installed.
+        FileNotFoundError, IsADirectoryError, PermissionError: ``path`` cannot be written, found out before the export.
+        ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics,
+            ``fake_quant=False``, more than 8 bits (7 if unsigned), several axes, not float32; or an unknown ``dynamic_shapes``.
+    """
+    require("onnx", "onnxscript", "onnx_ir")
+    from lq.export.lower import lower_fake_quant_
+
+    path = Path(path)
+    check_exportable(model)
+    args, keywords = on_device_of(model, (as_args(args), dict(kwargs or {})))
+    if isinstance(dynamic_shapes, str):
+        if dynamic_shapes != "batch":
+            raise ValueError(
+                f"`dynamic_shapes` is {dynamic_shapes!r}: give 'batch', None, or the shapes that torch.export takes."
+            )
+        args, keywords, dynamic_shapes = batch_shapes(model, args, keywords)
+    with staged(path) as file:
+        program = _export(model, args, keywords, dynamic_shapes, opset)
+        lower_fake_quant_(program.model)
+        _save(program.model, file)
+    return path
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, opset: int | None) -> Any:
+    """The program with a FakeQuant node for each quantizer; the work is done on a copy."""
+    from lq.export.translate import translation_table
+
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), _quiet():
+        model = copy.deepcopy(model).eval()
+        fold_batchnorm_(model, args, kwargs)
+        raise_dead_scales_(model)
+        try:
+            return torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=dynamic_shapes,
+                opset_version=opset,
+                custom_translation_table=translation_table(),
+                verbose=False,
+            )
+        except Exception as error:
+            if dynamic_shapes is not None:
+                error.add_note("If the model fixes its batch size, export with `dynamic_shapes=None`.")
+            raise
+
+
+def _save(model: "ir.Model", file: Path) -> None:
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, file, format="protobuf", external_data=None if size <= MAX_IN_ONE_FILE else f"{file.name}.data")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on itself (skipped registrations, deprecations inside torch) from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

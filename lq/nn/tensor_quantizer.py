@@ -112,7 +112,8 @@ class TensorQuantizer(nn.Module):
         if self._amax is not None and self._amax.shape != amax.shape:
             raise ValueError(f"`amax` has shape {tuple(amax.shape)}, but {tuple(self._amax.shape)} is set: set None first.")
         if self._amax is None:
-            self._amax = amax.clone()
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
+                self._amax = amax.clone()
         else:  # in place, so that whatever holds the buffer sees the new value
             self._amax.copy_(amax)
 

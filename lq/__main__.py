@@ -1,0 +1,5 @@
+"""``python -m lq``: the command line."""
+
+from lq.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""What a run leaves behind besides its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+from lq.analysis.quantizer_stats import LayerRow, measuring, table
+from lq.analysis.records import Report
+from lq.cli.deploy import Deployment, inputs
+from lq.nn.evaluating import evaluating
+
+
+def measure_layers(model: LightningModule, data: LightningDataModule) -> list[LayerRow]:
+    """SQNR and saturation of every quantizer over the validation batches."""
+    model.cpu()
+    with evaluating(model), measuring(model) as stats:
+        for args in inputs(model, data):
+            model(*args)
+    return table(model, stats)
+
+
+def write_metrics(report: Report, deployment: Deployment | None, folder: Path) -> dict[str, Any]:
+    """``metrics.json``: the run's figures, flat, for programs and for the table of a sweep."""
+    metrics: dict[str, Any] = {f"{s.name}/{name}": value for s in report.stages for name, value in s.metrics.items()}
+    for graph in report.deployed:
+        metrics |= {f"{graph.name}/bytes": graph.bytes, f"{graph.name}/latency_ms": graph.latency_ms}
+    if deployment is not None and deployment.verification is not None:
+        metrics["agreement"] = deployment.verification.agreement
+        metrics["worst_disagreement_steps"] = deployment.verification.worst_disagreement_steps
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def log_figures(trainer: Trainer, folder: Path) -> None:
+    """The report's figures as W&B media, where the run has a W&B logger."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            for path in sorted(folder.glob("*.png")):
+                logger.log_image(f"figures/{path.stem}", [str(path)])
+            logger.experiment.finish()

@@ -1,0 +1,48 @@
+"""Weight scales that no runtime trips over."""
+
+import torch
+from torch import Tensor, nn
+
+from lq.export.fold import OUTPUTS_FIRST
+from lq.functional.amax import integer_bounds
+from lq.nn import QuantMixin
+
+# Half of int32's range: the sum of products has to fit beside the bias.
+MAX_BIAS_CODE = 2**30
+
+
+@torch.no_grad()
+def raise_dead_scales_(model: nn.Module) -> list[str]:
+    """Raise the weight scale of channels that are dead or nearly so, in place.
+
+    ONNX Runtime keeps the bias of a quantized layer as int32 in units of ``scale(input) * scale(weight)``. Where the weights of a
+    channel have all but vanished (pruned, or behind a BatchNorm of tiny variance) and its bias has not, that overflows and the
+    bias is lost. There the scale becomes the least that holds the bias. What that rounds away of the weights is at most
+    ``2**-24`` of the bias per product, and a channel whose codes are all 0 computes what it did. Others keep their codes.
+
+    Returns:
+        Names of the layers with a raised scale.
+    """
+    raised = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantMixin) and module.weight_quantizer.active and module.weight_quantizer.amax is not None:
+            quantizer, amax = module.weight_quantizer, module.weight_quantizer.amax
+            floor = _floor(module, amax)
+            if floor is not None and bool((floor > amax).any()):
+                quantizer._amax = torch.maximum(floor, amax)
+                raised.append(name)
+    return raised
+
+
+def _floor(module: QuantMixin, amax: Tensor) -> Tensor | None:
+    """Least amax of the weight with which the bias fits, in the shape of ``amax``; ``None`` where nothing can overflow."""
+    bias, quantizer = getattr(module, "bias", None), module.input_quantizer
+    if not isinstance(bias, Tensor) or not quantizer.active or quantizer.scale is None:
+        return None
+    _, qmax = integer_bounds(module.weight_quantizer.num_bits, module.weight_quantizer.unsigned)
+    floor = bias.abs().float() / (quantizer.scale.min() * MAX_BIAS_CODE) * qmax
+    if amax.numel() == 1:
+        return floor.max().reshape(amax.shape)
+    if isinstance(module, OUTPUTS_FIRST) and amax.shape[0] == amax.numel() == floor.numel():
+        return floor.reshape(amax.shape)
+    return None

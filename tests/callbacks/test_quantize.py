@@ -1,0 +1,249 @@
+import copy
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from tiny import DictBatches, NoForward, TensorBatches, Tiny, dataset, loader, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+import lq
+from lq.callbacks import QuantizationAwareTraining, Quantize
+from lq.callbacks.feeding import forward_arguments
+
+
+def amaxes(model: nn.Module) -> dict[str, Tensor]:
+    return {name: q.amax.clone() for name, q in lq.named_quantizers(model)}
+
+
+def dict_loader() -> DataLoader:
+    rows = [{"x": x, "mask": torch.ones(6), "y": y} for x, y in dataset()]
+    return DataLoader(rows, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("module", "data"),
+    [
+        (Tiny, loader),
+        (TensorBatches, lambda: DataLoader(dataset().tensors[0], batch_size=4)),
+        (DictBatches, dict_loader),
+        (NoForward, loader),
+    ],
+)
+def test_one_line_is_enough_for_tuples_tensors_dicts_and_modules_without_forward(tmp_path, module, data):
+    model = module()
+    trainer(tmp_path, QuantizationAwareTraining(), max_epochs=1).fit(model, data())
+    assert len(amaxes(model)) == 4
+    assert all(a.max() > 0 for a in amaxes(model).values())
+
+
+class At(Callback):
+    """Remembers what the model was when training started."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.amax = amaxes(pl_module) if any(True for _ in lq.named_quantizers(pl_module)) else {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 0:
+            self.buffers = {n: b.clone() for n, b in pl_module.named_buffers() if "running" in n}
+            self.random = torch.rand(1)
+
+
+@pytest.mark.parametrize("generator", [False, True])
+def test_calibration_leaves_rng_data_order_and_batchnorm_as_they_were(tmp_path, generator):
+    seen = {}
+    for name, callbacks in {"plain": [], "quantized": [Quantize(alpha=0.5)]}.items():
+        seed_everything(1, verbose=False)
+        model, at = Tiny(), At()
+        data = loader(shuffle=True, generator=torch.Generator().manual_seed(5) if generator else None)
+        trainer(tmp_path, *callbacks, at, max_epochs=1).fit(model, data, loader())
+        seen[name] = (torch.cat(model.trained_on), at.random, at.buffers)
+    torch.testing.assert_close(seen["plain"], seen["quantized"], rtol=0, atol=0)
+
+
+def test_calibration_looks_at_as_many_train_batches_as_it_was_told(tmp_path):
+    seed_everything(1, verbose=False)
+    model, at, seen = Tiny(), At(), []
+
+    class Watching(Quantize):
+        def calibration_step(self, pl_module, batch):
+            assert not pl_module.training
+            assert not torch.is_grad_enabled()
+            seen.append(batch[0])
+            super().calibration_step(pl_module, batch)
+
+    trainer(tmp_path, Watching(alpha=None, method="max", batches=3, stages=False), at, max_epochs=1).fit(
+        model, loader(shuffle=True)
+    )
+    assert len(seen) == 3
+    rows = {tuple(row) for row in dataset().tensors[0].tolist()}
+    assert {tuple(row) for row in torch.cat(seen).tolist()} <= rows
+    assert at.amax["net.0.input"] == torch.cat(seen).abs().max()
+
+
+def test_a_module_without_forward_logs_nothing_in_calibration_and_keeps_its_metrics(tmp_path):
+    class Metered(NoForward):
+        def __init__(self):
+            super().__init__()
+            self.metric = MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.metric.update(batch[0].mean())
+            return super().training_step(batch, batch_idx)
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 0:
+                assert pl_module.metric.weight == 0
+                assert "train_loss" not in trainer.callback_metrics
+
+    trainer(tmp_path, Quantize(), Look(), max_epochs=1).fit(Metered(), loader())
+
+
+def test_resume_is_bit_identical_without_randomness(tmp_path):
+    def fit(folder, ckpt_path=None):
+        seed_everything(3, verbose=False)
+        model = Tiny()
+        model.net[3].p = 0.0
+        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        t = trainer(folder, QuantizationAwareTraining(), keep, max_epochs=4, enable_checkpointing=True)
+        t.fit(model, loader(), loader(), ckpt_path=ckpt_path)
+        return model
+
+    whole = fit(tmp_path / "a")
+    resumed = fit(tmp_path / "b", tmp_path / "a" / "epoch=1.ckpt")
+    torch.testing.assert_close(whole.state_dict(), resumed.state_dict(), rtol=0, atol=0)
+
+
+def test_test_and_predict_work_from_the_checkpoint(tmp_path):
+    model = Tiny()
+    fit = trainer(tmp_path, Quantize())
+    fit.fit(model, loader(), loader())
+    fit.save_checkpoint(tmp_path / "qat.ckpt")
+    fresh = Tiny()
+    other = trainer(tmp_path, Quantize())
+    other.test(fresh, loader(), ckpt_path=tmp_path / "qat.ckpt", verbose=False, weights_only=True)
+    torch.testing.assert_close(amaxes(fresh), amaxes(model), rtol=0, atol=0)
+    (first, *_) = other.predict(Tiny(), loader(), ckpt_path=tmp_path / "qat.ckpt", weights_only=True)
+    torch.testing.assert_close(first, model.eval()(dataset().tensors[0][:4]), rtol=0, atol=0)
+
+
+def test_a_second_fit_keeps_the_scales(tmp_path):
+    model = Tiny()
+    trainer(tmp_path, Quantize()).fit(model, loader())
+    before = amaxes(model)
+    trainer(tmp_path, Quantize(), max_epochs=1).fit(model, loader())
+    torch.testing.assert_close(amaxes(model), before, rtol=0, atol=0)
+
+
+def test_stages_are_the_users_own_validation_and_no_callback_takes_them_for_one(tmp_path):
+    model = Tiny()
+    plain = trainer(tmp_path).validate(copy.deepcopy(model), loader(), verbose=False)[0]
+    quantize, stop = Quantize(), EarlyStopping("val_loss", patience=1)
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1)
+    logger = CSVLogger(tmp_path, name="", version="")
+    t = trainer(tmp_path, quantize, stop, checkpoint, enable_checkpointing=True, logger=logger, log_every_n_steps=1)
+    t.fit(model, loader(), loader())
+    assert list(quantize.stages) == ["float", "calibrated", "rescaled", "qat"]
+    assert quantize.stages["float"] == pytest.approx(plain)
+    assert stop.wait_count <= 1
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    text = (tmp_path / "metrics.csv").read_text()
+    assert all(f"{stage}/val_acc" in text for stage in quantize.stages)
+
+
+def test_without_validation_there_are_no_stages(tmp_path):
+    quantize = Quantize()
+    trainer(tmp_path, quantize).fit(Tiny(), loader())
+    assert quantize.stages == {}
+
+
+# How batches are taken apart
+
+
+def test_a_tuple_gives_as_many_arguments_as_forward_requires():
+    assert forward_arguments(lambda a, b, c=None: a, (1, 2, 3, 4)) == ((1, 2), {})
+
+
+def test_a_dict_goes_whole_to_a_forward_that_knows_none_of_its_keys():
+    assert forward_arguments(lambda batch: batch, {"image": 1}) == (({"image": 1},), {})
+
+
+@pytest.mark.parametrize(
+    ("forward", "batch"), [(lambda a, b: a, (1,)), (lambda a, b: a, {"c": 1}), (lambda a: a, 3.5), (lambda a: a, [])]
+)
+def test_a_batch_that_does_not_fit_is_refused_with_the_remedy(forward, batch):
+    with pytest.raises(MisconfigurationException, match="calibration_step"):
+        forward_arguments(forward, batch)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "magic"),
+        ({"alpha": 1.5}, "1.5"),
+        ({"alpha": float("nan")}, "nan"),
+        ({"batches": 0}, "batches"),
+        ({"method_options": {"bins": 3}}, "bins"),
+        ({"method_options": {"percentile": 101}}, "101"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        Quantize(**options)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"nett.*closest"):
+        trainer(tmp_path, Quantize([lq.QuantRule("nett.*", lq.QuantDescriptor())])).fit(Tiny(), loader())
+
+
+def test_a_model_without_quantizable_layers_is_refused(tmp_path):
+    model = Tiny()
+    model.net = nn.Sequential(nn.BatchNorm1d(6))
+    with pytest.raises(ValueError, match="no quantizable layer"):
+        trainer(tmp_path, Quantize()).fit(model, loader())
+
+
+def test_nan_in_calibration_data_names_the_layer(tmp_path):
+    data = dataset()
+    data.tensors[0][5] = float("nan")
+    with pytest.raises(ValueError, match=r"net\.0\.input"):
+        trainer(tmp_path, Quantize(stages=False, alpha=None)).fit(Tiny(), DataLoader(data, 4))
+
+
+def test_layers_that_see_no_data_are_named(tmp_path):
+    model = Tiny()
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"unused\.input"):
+        trainer(tmp_path, Quantize(stages=False, alpha=None)).fit(model, loader())
+
+
+def test_no_batch_at_all_is_refused(tmp_path):
+    class Nothing(Quantize):
+        def on_train_start(self, trainer, pl_module):
+            trainer.fit_loop._combined_loader.limits = None
+            trainer.fit_loop.max_batches = 0
+            super().on_train_start(trainer, pl_module)
+
+    with pytest.raises(MisconfigurationException, match="no batch"):
+        trainer(tmp_path, Nothing(stages=False, alpha=None)).fit(Tiny(), loader())
+
+
+def test_batches_stop_at_the_trainers_limit(tmp_path):
+    seen = []
+
+    class Counting(Quantize):
+        def calibration_step(self, pl_module, batch):
+            seen.append(batch)
+            super().calibration_step(pl_module, batch)
+
+    trainer(tmp_path, Counting(batches=8, alpha=None), limit_train_batches=2).fit(Tiny(), loader())
+    assert len(seen) == 2

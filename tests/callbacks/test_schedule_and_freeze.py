@@ -1,0 +1,211 @@
+import copy
+import csv
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from tiny import Tiny, loader, trainer
+
+import lq
+from lq.callbacks import QATSchedule, Quantize, ScaleFreeze
+from lq.schedule import cosine_factor, is_observing, is_refresh, to_steps
+
+
+class Record(Callback):
+    """Learning rate, amax, and BatchNorm statistics that each optimizer step used."""
+
+    def __init__(self):
+        self.lr, self.amax, self.mean = {}, {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        step = trainer.global_step
+        self.mean[step] = pl_module.net[1].running_mean.clone()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        step = trainer.global_step
+        self.lr[step] = optimizer.param_groups[0]["lr"]
+        self.amax[step] = {name: q.amax.clone() for name, q in lq.named_quantizers(pl_module)}
+
+    def changes(self):
+        steps = sorted(self.amax)
+        pairs = zip(steps, steps[1:], strict=False)
+        return [b for a, b in pairs if any(not torch.equal(self.amax[a][n], self.amax[b][n]) for n in self.amax[a])]
+
+
+# The schedule
+
+
+def expected(step, total, base=0.1, lr=0.01, final=0.01):
+    return base * lr * (final + (1 - final) * (1 + math.cos(math.pi * step / (total - 1))) / 2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_learning_rate_is_the_recipes_at_every_step(tmp_path, accumulate):
+    record = Record()
+    t = trainer(tmp_path, QATSchedule(), record, accumulate_grad_batches=accumulate)
+    t.fit(Tiny(lr=0.1), loader())
+    total = 16 // accumulate
+    assert record.lr == pytest.approx({step: expected(step, total) for step in range(total)})
+    assert record.lr[0] == pytest.approx(0.001)
+    assert record.lr[total - 1] == pytest.approx(0.00001)
+
+
+def test_each_parameter_group_has_its_own_rate(tmp_path):
+    class Groups(Tiny):
+        def configure_optimizers(self):
+            return torch.optim.SGD(
+                [{"params": self.net[0].parameters(), "lr": 1.0}, {"params": self.net[4].parameters(), "lr": 0.1}]
+            )
+
+    model = Groups()
+    t = trainer(tmp_path, QATSchedule(lr=0.5), max_steps=1, max_epochs=None)
+    t.fit(model, loader())
+    assert [g["lr"] for g in t.optimizers[0].param_groups] == pytest.approx([0.5, 0.05])
+
+
+def test_a_scheduler_of_the_module_is_overruled_with_a_warning_or_kept(tmp_path):
+    class Scheduled(Tiny):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    ours, own = Record(), Record()
+    with pytest.warns(UserWarning, match="ExponentialLR"):
+        trainer(tmp_path, QATSchedule(), ours).fit(Scheduled(), loader())
+    assert ours.lr[8] == pytest.approx(expected(8, 16))
+    trainer(tmp_path, QATSchedule(lr=None), own).fit(Scheduled(), loader())
+    assert own.lr[0] == 0.1
+    assert own.lr[8] == 0.05
+
+
+def test_the_monitor_behind_it_logs_the_rate_that_is_used(tmp_path):
+    record = Record()
+    logger = CSVLogger(tmp_path, name="", version="")
+    t = trainer(tmp_path, QATSchedule(), LearningRateMonitor("step"), record, logger=logger, log_every_n_steps=1)
+    t.fit(Tiny(), loader())
+    logged = [float(row["lr-SGD"]) for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["lr-SGD"]]
+    assert logged == pytest.approx(list(record.lr.values()))
+
+
+def test_manual_optimization_and_endless_fits_are_refused(tmp_path):
+    manual = Tiny()
+    manual.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match=r"lr=None"):
+        trainer(tmp_path, QATSchedule()).fit(manual, loader())
+    with pytest.raises(MisconfigurationException, match="max_epochs"):
+        trainer(tmp_path, QATSchedule(), max_epochs=-1).fit(Tiny(), loader())
+
+
+@pytest.mark.parametrize("options", [{"lr": 0}, {"lr": -1.0}, {"final": 1.5}])
+def test_bad_shares_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        QATSchedule(**options)
+
+
+def test_warmup_is_linear():
+    assert [cosine_factor(s, 10, warmup=3) for s in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+# Freezing
+
+
+def freeze_run(tmp_path, *, epochs=2, **options):
+    record, model = Record(), Tiny()
+    callbacks = [Quantize(method="max", alpha=None, stages=False), ScaleFreeze(method="max", **options), record]
+    trainer(tmp_path, *callbacks, max_epochs=epochs).fit(model, loader(shuffle=True))
+    return record, model
+
+
+def test_amax_stands_still_between_refreshes_and_after_the_freeze(tmp_path):
+    record, model = freeze_run(tmp_path, refresh_every=3, observe=2, freeze_after=8)
+    assert record.changes() == [3, 6]
+    assert all(q.frozen for _, q in lq.named_quantizers(model))
+
+
+def test_without_refreshes_amax_never_changes(tmp_path):
+    record, _ = freeze_run(tmp_path, refresh_every=None, freeze_after=None)
+    assert record.changes() == []
+
+
+def test_batchnorm_statistics_stay_from_the_freeze_on(tmp_path):
+    record, _ = freeze_run(tmp_path, refresh_every=None, freeze_after=5)
+    assert not torch.equal(record.mean[4], record.mean[5])
+    assert all(torch.equal(record.mean[5], record.mean[step]) for step in range(6, 17))
+    record, _ = freeze_run(tmp_path, refresh_every=None, freeze_after=5, batchnorm=False)
+    assert not torch.equal(record.mean[5], record.mean[16])
+
+
+def test_a_refresh_blends_the_observed_amax_into_the_present_one(tmp_path):
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.setdefault(trainer.global_step, []).append(batch[0].abs().max())
+
+    record, look, model = Record(), Look(), Tiny()
+    callbacks = [
+        Quantize(method="max", alpha=None, stages=False),
+        ScaleFreeze(4, method="max", observe=2, momentum=0.75),
+        record,
+        look,
+    ]
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(model, loader(shuffle=True))
+    observed = max(seen[2][0], seen[3][0])
+    old, new = record.amax[3]["net.0.input"], record.amax[4]["net.0.input"]
+    torch.testing.assert_close(new, 0.75 * old + 0.25 * observed)
+
+
+def test_amax_of_weights_follows_at_the_refresh(tmp_path):
+    weights = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            weights[trainer.global_step] = pl_module.net[0].weight.detach().abs().amax(1, keepdim=True)
+
+    record = Record()
+    callbacks = [Quantize(method="max", alpha=None, stages=False), ScaleFreeze(4, method="max", momentum=0.0), record, Look()]
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(Tiny(), loader())
+    torch.testing.assert_close(record.amax[4]["net.0.weight"], weights[4], rtol=0, atol=0)
+    assert not torch.equal(weights[3], weights[4])
+
+
+def test_gradient_accumulation_keeps_the_clock(tmp_path):
+    record = Record()
+    callbacks = [
+        Quantize(method="max", alpha=None, stages=False),
+        ScaleFreeze(2, method="max", observe=1, freeze_after=None),
+        record,
+    ]
+    trainer(tmp_path, *callbacks, accumulate_grad_batches=2, max_epochs=2).fit(Tiny(), loader(shuffle=True))
+    assert record.changes() == [2, 4, 6]
+
+
+def test_a_second_fit_starts_its_own_clock(tmp_path):
+    model = Tiny()
+    for _ in range(2):
+        callbacks = [Quantize(method="max", alpha=None, stages=False), ScaleFreeze(3, method="max", freeze_after=4)]
+        record = Record()
+        trainer(tmp_path, *callbacks, record, max_epochs=1).fit(model, loader(shuffle=True))
+        assert record.changes() == [3]
+        model = copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"refresh_every": 1.5}, {"freeze_after": -1}, {"momentum": 1.0}, {"observe": 0}, {"method": "magic"}]
+)
+def test_bad_arguments_are_refused(options):
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        ScaleFreeze(**options)
+
+
+def test_pure_functions_of_the_step():
+    assert [s for s in range(13) if is_refresh(s, 4)] == [4, 8, 12]
+    assert [s for s in range(13) if is_observing(s, 4, 1, freeze=8)] == [3, 7]
+    assert not any(is_observing(s, None, 1, None) or is_refresh(s, None) for s in range(5))
+    assert to_steps(0.25, 10, "x") == 2
+    with pytest.raises(ValueError, match="unknown number"):
+        to_steps(0.5, float("inf"), "x")

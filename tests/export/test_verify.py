@@ -1,0 +1,217 @@
+"""Verification finds what differs, says by how many steps, and leaves the model alone."""
+
+import math
+
+import pytest
+import torch
+from exported import calibrated
+from torch import Tensor, nn
+
+from lq.descriptor import PRESETS, QuantRule
+from lq.export import OnnxModel, Verification, compare_latency, latency, to_onnx, verify
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 6),) for n in (32, 32, 5)]
+    model = calibrated(mlp(), *batches[0])
+    return model, to_onnx(model, batches[0], tmp_path_factory.mktemp("verify") / "model.onnx"), batches
+
+
+def test_agreement(exported):
+    model, path, batches = exported
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    try:
+        result = verify(model, path, iter(batches))
+        assert all(m.training for m in model.modules())
+    finally:
+        model.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert isinstance(result, Verification)
+    assert result.samples == 69
+    assert result.agreement == 1
+    assert (result.disagreements, result.worst_disagreement_steps) == (0, 0)
+    assert 0 <= result.mean_abs_diff <= result.max_abs_diff == result.max_abs_diffs[0]
+    assert result.max_diff_steps < 0.01
+    with torch.no_grad():
+        predictions = torch.cat([model(x) for (x,) in batches]).argmax(1)
+    assert torch.equal(result.torch_predictions, predictions)
+    assert torch.equal(result.onnx_predictions, predictions)
+    assert result.onnx_predictions.dtype == torch.int64
+
+
+def test_step_is_one_code_of_the_last_layers_input(exported):
+    model, path, batches = exported
+    last = model[4]
+    weight = last.weight_quantizer(last.weight.detach()).abs().max()
+    expected = float(last.input_quantizer.amax / 127 * weight)
+    assert verify(model, path, batches).step == pytest.approx(expected, rel=1e-6)
+
+
+def test_differences_are_counted(exported):
+    model, path, batches = exported
+    step = verify(model, path, batches).step
+    bias = model[4].bias
+    original = bias.detach().clone()
+    try:
+        with torch.no_grad():
+            bias[2] += 1000 * step
+            result = verify(model, path, batches)
+            (x,) = zip(*batches, strict=True)
+            expected = model(torch.cat(x)).argmax(1)
+            bias.copy_(original)
+            unequal = expected != model(torch.cat(x)).argmax(1)
+    finally:
+        bias.data.copy_(original)
+    assert result.disagreements == int(unequal.sum()) > 0
+    assert result.agreement == pytest.approx(1 - result.disagreements / 69)
+    assert result.max_diff_steps == pytest.approx(1000, rel=0.01)
+    assert result.worst_disagreement_steps == pytest.approx(1000, rel=0.01)
+    assert result.mean_abs_diff == pytest.approx(1000 * step / 4, rel=0.01)
+
+
+class TwoHeads(nn.Module):
+    """The first output is of the layer that is called first; the second one is dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Linear(3, 1)
+        self.large = nn.Conv1d(1, 4, 3)
+
+    def forward(self, x: Tensor, *, shift: Tensor) -> dict[str, Tensor]:
+        return {"logit": self.small(x), "dense": self.large(x.unsqueeze(1)) + shift}
+
+
+def test_keyword_batches_single_logit_and_two_outputs(tmp_path):
+    x, shift = torch.randn(8, 3), torch.randn(4, 1)
+    rules = [QuantRule("small", *_int8()), QuantRule("large", None, PRESETS["int8"][0].weight)]
+    model = calibrated(TwoHeads(), x, shift=shift, rules=rules)
+    path = to_onnx(model, x, tmp_path / "model.onnx", kwargs={"shift": shift})
+    result = verify(model, path, [{"x": torch.randn(8, 3), "shift": shift} for _ in range(2)])
+    assert result.samples == 16
+    assert result.torch_predictions.shape == (16,)
+    assert 0 < result.torch_predictions.sum() < 16
+    assert result.agreement == 1
+    assert len(result.max_abs_diffs) == 2
+    assert max(result.max_abs_diffs) < 1e-5
+    small = model.small
+    largest = small.weight_quantizer(small.weight.detach()).abs().max()
+    assert result.step == pytest.approx(float(small.input_quantizer.amax / 127 * largest), rel=1e-6)
+
+
+def _int8():
+    (rule,) = PRESETS["int8"]
+    return rule.input, rule.weight
+
+
+def test_feed_maps_a_batch_to_inputs(exported):
+    model, path, batches = exported
+    (name,) = OnnxModel(path).inputs
+    assert verify(model, path, batches, feed=lambda batch: {name: batch[0]}).agreement == 1
+    # what is fed is what is run
+    assert verify(model, path, batches, feed=lambda batch: {name: -batch[0]}).agreement < 1
+
+
+def test_step_is_nan_where_no_input_is_quantized(tmp_path):
+    x = torch.randn(4, 6)
+    model = calibrated(nn.Sequential(nn.Linear(6, 3)), x, rules="int8_weight_only")
+    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), [x])
+    assert math.isnan(result.step)
+    assert math.isnan(result.max_diff_steps)
+    assert result.max_abs_diff < 1e-6
+
+
+def test_dense_predictions(tmp_path):
+    x = torch.randn(2, 3, 5, 5)
+    model = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), [x, x[:1]])
+    assert result.samples == 3
+    assert result.onnx_predictions.shape == (3, 3, 3)
+    assert result.agreement == 1
+
+
+def test_no_batches(exported):
+    model, path, _ = exported
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        verify(model, path, [])
+
+
+def test_labels_in_a_batch_are_refused(exported):
+    model, path, _ = exported
+    x = torch.randn(4, 6)
+    with pytest.raises(TypeError, match=r"takes 1 inputs \(input\), but 2 are given.*without labels"):
+        OnnxModel(path)(x, torch.zeros(4))
+    with pytest.raises(TypeError):
+        verify(model, path, [(x, torch.zeros(4))])
+
+
+def test_another_model(exported):
+    _, path, batches = exported
+    with pytest.raises(ValueError, match=r"returns tensors of shapes \[\(32, 3\)\], the ONNX model \[\(32, 4\)\]"):
+        verify(nn.Linear(6, 3), path, batches)
+
+
+# Runtime
+
+
+def test_onnx_model(exported):
+    model, path, _ = exported
+    x = torch.randn(3, 6)
+    runtime = OnnxModel(path, threads=1)
+    assert (runtime.inputs, len(runtime.outputs)) == (("input",), 1)
+    (output,) = runtime(x.requires_grad_())
+    assert isinstance(output, Tensor)
+    with torch.no_grad():
+        torch.testing.assert_close(output, model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_files_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        OnnxModel(tmp_path / "missing.onnx")
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    with pytest.raises(ValueError, match=r"text\.onnx.*cannot load"):
+        OnnxModel(text)
+
+
+def test_latency_takes_turns_and_medians(monkeypatch):
+    clock = iter(range(10**6))
+    order = []
+    durations = {"a": iter([100, 1, 2, 9]), "b": iter([100, 5, 5, 5])}
+
+    def model(name):
+        def call(x):
+            order.append(name)
+            for _ in range(next(durations[name])):
+                next(clock)
+
+        return call
+
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    # reading the clock takes a tick itself
+    result = compare_latency({"a": model("a"), "b": model("b")}, torch.ones(1), repeats=3, warmup=1)
+    assert order == ["a", "b"] * 4
+    assert result == {"a": 3000.0, "b": 6000.0}
+
+
+def test_latency_of_a_file(exported):
+    _, path, batches = exported
+    assert 0 < latency(OnnxModel(path), batches[0], repeats=3) < 1000
+    with pytest.raises(ValueError, match="`repeats` is 0"):
+        latency(OnnxModel(path), batches[0], repeats=0)
+
+
+def test_runtime_is_named_when_missing(exported, monkeypatch):
+    import sys
+
+    _, path, _ = exported
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r'pip install "lightning-lq\[export\]"'):
+        OnnxModel(path)

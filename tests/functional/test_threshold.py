@@ -1,0 +1,260 @@
+"""`lq.functional.threshold` against searches that loop over candidates and bins, written in NumPy from the formulas."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lq.functional import threshold as module
+from lq.functional.threshold import METHODS, Search, candidates, check_method, threshold
+
+BINS = 256
+
+
+# The formulas, candidate by candidate
+
+
+def mse_error(counts, edge, num_bits, unsigned):
+    """Mean squared error of the bin centres, quantized with the threshold at ``edge``."""
+    qmax = 2 ** (num_bits - (not unsigned)) - 1
+    scale = edge / qmax
+    x = np.arange(len(counts)) + 0.5
+    return float((counts * (x - scale * np.clip(np.rint(x / scale), 0, qmax)) ** 2).sum())
+
+
+def entropy_error(counts, edge, num_bits, unsigned):
+    """KL(P || Q) of Migacz's talk: P has the outliers in its last bin, Q is merged into levels and spread over non-empty bins."""
+    levels = 2 ** (num_bits - (not unsigned))
+    counts = counts.astype(np.float64)
+    counts[0] = counts[1]
+    p, q = counts[:edge].copy(), np.zeros(edge)
+    level = np.array([b * levels // edge for b in range(edge)])
+    for j in range(levels):
+        members = (level == j) & (p > 0)
+        if members.any():
+            q[members] = p[members].sum() / members.sum()
+    p[-1] += counts[edge:].sum()
+    if not q.sum() or (q[p > 0] == 0).any():
+        return np.inf
+    p, q = p / p.sum(), q / q.sum()
+    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+
+
+def grid(bins, search):
+    edges = list(range(min(search.start_bin, bins), bins + 1, search.stride))
+    return edges if edges[-1] == bins else [*edges, bins]
+
+
+ERRORS = {"mse": mse_error, "entropy": entropy_error}
+
+
+def assert_is_best(method, counts, search):
+    edge = int(METHODS[method](torch.from_numpy(counts)[None], search))
+    edges = grid(len(counts), search)
+    errors = np.array([ERRORS[method](counts, e, search.num_bits, search.unsigned) for e in edges])
+    assert edge in edges
+    if np.isinf(errors).all():
+        assert edge == edges[-1]
+    else:
+        assert errors[edges.index(edge)] <= errors.min() * (1 + 1e-9) + 1e-9 * counts.any()
+
+
+def histograms():
+    rng = np.random.default_rng(0)
+
+    def of(x):
+        return np.histogram(np.abs(x), BINS, (0, np.abs(x).max()))[0].astype(np.int64)
+
+    sparse = np.zeros(BINS, np.int64)
+    sparse[rng.integers(0, BINS, 12)] = rng.integers(1, 1000, 12)
+    single, outlier = np.zeros(BINS, np.int64), of(rng.exponential(size=9000)) // 2
+    single[100], outlier[-1] = 1, 3
+    spike = of(rng.normal(size=9000))
+    spike[0] += 10**9
+    return {
+        "normal": of(rng.normal(size=20_000)),
+        "laplace": of(rng.laplace(size=20_000)),
+        "uniform": of(rng.random(20_000)),
+        "heavy": of(rng.standard_t(2, size=20_000)),
+        "sparse": sparse,
+        "single count": single,
+        "outlier": outlier,
+        "zeros": spike,
+        "huge counts": of(rng.normal(size=5000)) * 2**33,
+    }
+
+
+HISTOGRAMS = histograms()
+SEARCHES = [
+    Search(num_bits=8, start_bin=16),
+    Search(num_bits=4, start_bin=8),
+    Search(num_bits=8, unsigned=True, start_bin=200),
+    Search(num_bits=4, unsigned=True, start_bin=20, stride=7),
+    Search(num_bits=2, start_bin=1, stride=3),
+    Search(num_bits=8, start_bin=1000),
+]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+@pytest.mark.parametrize("name", HISTOGRAMS)
+@pytest.mark.parametrize("method", ERRORS)
+def test_finds_what_trying_every_candidate_finds(method, name, search):
+    assert_is_best(method, HISTOGRAMS[name], search)
+
+
+@pytest.mark.parametrize("method", ERRORS)
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.one_of(st.just(0), st.integers(0, 9), st.integers(0, 10**9)), min_size=4, max_size=40),
+    num_bits=st.integers(2, 8),
+    unsigned=st.booleans(),
+    start_bin=st.integers(1, 50),
+    stride=st.integers(1, 5),
+)
+def test_finds_the_best_of_any_histogram(method, counts, num_bits, unsigned, start_bin, stride):
+    counts = np.array(counts, np.int64)
+    assert_is_best(method, counts, Search(num_bits, unsigned, start_bin=start_bin, stride=stride))
+
+
+def test_mse_takes_16_bits():
+    assert_is_best("mse", HISTOGRAMS["normal"], Search(num_bits=16, start_bin=240))
+
+
+@pytest.mark.parametrize("name", HISTOGRAMS)
+@pytest.mark.parametrize("percentile", [0, 0.1, 33.3, 50, 70, 90, 99, 99.9, 99.99, 99.999, 100])
+def test_percentile_is_the_smallest_edge_that_keeps_enough(percentile, name):
+    counts = HISTOGRAMS[name]
+    enough = Fraction(str(percentile)) * int(counts.sum())
+    expected = next(e for e in range(1, BINS + 1) if 100 * int(counts[:e].sum()) >= enough)
+    assert int(METHODS["percentile"](torch.from_numpy(counts)[None], Search(percentile=percentile))) == expected
+
+
+@pytest.mark.parametrize("percentile", [70, 90, 95, 99, 99.5, 99.9, 99.99])
+def test_percentile_is_exact_where_the_number_of_values_is_whole(percentile):
+    counts = torch.ones(1, 10_000, dtype=torch.int64)
+    assert METHODS["percentile"](counts, Search(percentile=percentile)).item() == round(percentile * 100)
+    thousand = torch.ones(1, 1000, dtype=torch.int64)
+    if percentile != 99.99:
+        assert METHODS["percentile"](thousand, Search(percentile=percentile)).item() == round(percentile * 10)
+
+
+# Which of several equals
+
+
+def test_entropy_takes_the_largest_of_equals():
+    # one level a bin: nothing is lost at any edge beyond the data
+    counts = torch.tensor([[5, 5, 5, 5, 0, 0, 0, 0]])
+    assert METHODS["entropy"](counts, Search(start_bin=1)).item() == 8
+
+
+def test_mse_takes_the_smallest_of_equals():
+    assert METHODS["mse"](torch.zeros(1, 8, dtype=torch.int64), Search(start_bin=3)).item() == 3
+
+
+def test_a_spike_of_zeros_does_not_decide_entropy():
+    search = Search(start_bin=16)
+    without = torch.from_numpy(HISTOGRAMS["zeros"]).clone()
+    without[0] = 0
+    stack = torch.stack([torch.from_numpy(HISTOGRAMS["zeros"]), without])
+    spike, none = METHODS["entropy"](stack, search)
+    assert spike == none
+
+
+# Stacks of histograms
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stack_gives_what_each_histogram_gives_alone(method):
+    counts = torch.from_numpy(np.stack([*HISTOGRAMS.values(), np.zeros(BINS, np.int64)]))
+    width = torch.logspace(-3, 3, len(counts), dtype=torch.float64)
+    peak = width * BINS * 0.9
+    search = Search(start_bin=8, stride=3)
+    together = threshold(counts, width, peak, method, search)
+    alone = [threshold(counts[i : i + 1], width[i : i + 1], peak[i : i + 1], method, search) for i in range(len(counts))]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("method", ERRORS)
+def test_the_size_of_a_slice_does_not_matter(method, monkeypatch):
+    counts = torch.from_numpy(np.stack(list(HISTOGRAMS.values())))
+    whole = METHODS[method](counts, Search())
+    monkeypatch.setattr(module, "SLICE", 1)
+    assert torch.equal(METHODS[method](counts, Search()), whole)
+
+
+def test_the_counts_are_left_alone():
+    counts = torch.from_numpy(HISTOGRAMS["normal"])[None]
+    before = counts.clone()
+    for method in METHODS:
+        threshold(counts, torch.ones(1), torch.ones(1), method)
+    assert torch.equal(counts, before)
+
+
+# Candidates
+
+
+@pytest.mark.parametrize(
+    ("start_bin", "stride", "expected"), [(2, 3, [2, 5, 8]), (3, 2, [3, 5, 7, 8]), (8, 1, [8]), (99, 5, [8])]
+)
+def test_candidates_begin_at_start_bin_and_end_with_the_whole_range(start_bin, stride, expected):
+    assert candidates(torch.zeros(1, 8), Search(start_bin=start_bin, stride=stride)).tolist() == expected
+
+
+# From edges to amax
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_amax_exceeds_the_peak(method):
+    counts = torch.zeros(1, 16, dtype=torch.int64)
+    counts[0, 9] = 4
+    amax = threshold(counts, torch.tensor([0.1]), torch.tensor([0.93]), method, Search(start_bin=16))
+    assert amax.item() == pytest.approx(0.93)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_mass_in_the_first_bin_gives_no_more_than_the_peak(method):
+    counts = torch.tensor([[10**6] + [0] * 15])
+    amax = threshold(counts, torch.tensor([1.0]), torch.tensor([0.25]), method, Search(start_bin=1))
+    assert amax.item() == 0.25
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_histogram_gives_its_peak(method):
+    amax = threshold(torch.zeros(1, 16, dtype=torch.int64), torch.ones(1), torch.tensor([0.0]), method)
+    assert amax.tolist() == [0.0]
+
+
+def test_max_does_not_clip():
+    counts = torch.from_numpy(HISTOGRAMS["heavy"])[None]
+    for method in ("max", "noclipping"):
+        assert threshold(counts, torch.ones(1), torch.tensor([250.5]), method).item() == 250.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_amax_has_the_dtype_of_the_peak(dtype):
+    counts = torch.from_numpy(HISTOGRAMS["normal"])[None]
+    assert threshold(counts, torch.ones(1), torch.ones(1, dtype=dtype), "mse").dtype == dtype
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("percentile", [-0.1, 100.1, float("nan")])
+def test_a_percentile_out_of_range_is_refused(percentile):
+    with pytest.raises(ValueError, match="`percentile`"):
+        Search(percentile=percentile)
+
+
+@pytest.mark.parametrize("option", ["start_bin", "stride"])
+def test_a_search_that_goes_nowhere_is_refused(option):
+    with pytest.raises(ValueError, match=f"`{option}`"):
+        Search(**{option: 0})
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    for refuse in (lambda: check_method("median"), lambda: threshold(*[torch.ones(1, 4)] * 3, "median")):
+        with pytest.raises(ValueError, match=r"'median'.*percentile, mse, entropy"):
+            refuse()

@@ -1,0 +1,193 @@
+"""`QuantDescriptor` and `QuantRule`: plain immutable data."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lq.descriptor import INT8_INPUT, INT8_WEIGHT, PRESETS, QuantDescriptor, QuantRule, resolve_rules
+
+POSITIVE = st.floats(min_value=0, allow_infinity=False)
+DESCRIPTORS = st.builds(
+    QuantDescriptor,
+    num_bits=st.integers(2, 16),
+    name=st.none() | st.text(),
+    axis=st.none() | st.integers(-4, 4) | st.lists(st.integers(-4, 4), max_size=3),
+    amax=st.none() | POSITIVE | st.lists(POSITIVE, min_size=1, max_size=3) | st.lists(st.lists(POSITIVE, min_size=1), min_size=1),
+    unsigned=st.booleans(),
+    narrow_range=st.booleans(),
+    fake_quant=st.booleans(),
+    calib_method=st.sampled_from(["max", "histogram"]),
+    num_bins=st.integers(2, 10**6),
+)
+
+
+# There and back
+
+
+@settings(max_examples=200, deadline=None)
+@given(DESCRIPTORS)
+def test_yaml_dict_and_pickle_give_it_back(desc):
+    for again in (
+        QuantDescriptor.from_yaml(desc.to_yaml()),
+        QuantDescriptor.from_dict(desc.dict()),
+        QuantDescriptor(**desc.dict()),
+        pickle.loads(pickle.dumps(desc)),
+    ):
+        assert again == desc
+        assert hash(again) == hash(desc)
+        assert repr(again) == repr(desc)
+
+
+@settings(max_examples=50, deadline=None)
+@given(DESCRIPTORS)
+def test_its_dict_is_plain_yaml(desc):
+    assert yaml.safe_load(desc.to_yaml()) == desc.dict()
+
+
+def test_its_dict_has_only_what_differs_from_the_defaults():
+    assert QuantDescriptor().dict() == {}
+    assert QuantDescriptor.from_yaml(QuantDescriptor().to_yaml()) == QuantDescriptor.from_yaml("") == QuantDescriptor()
+    desc = QuantDescriptor(num_bits=4, axis=(0, 1), amax=np.array([1.5, 2.0]), narrow_range=False)
+    assert desc.dict() == {"num_bits": 4, "axis": [0, 1], "amax": [1.5, 2.0], "narrow_range": False}
+
+
+# Identity
+
+
+@pytest.mark.parametrize("array", [np.array([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]), [[1.0], [2.0]], ((1.0,), (2.0,))])
+def test_arrays_compare_and_hash_by_value(array):
+    desc = QuantDescriptor(amax=array)
+    assert desc == QuantDescriptor(amax=((1.0,), (2.0,)))
+    assert len({desc, QuantDescriptor(amax=((1.0,), (2.0,)))}) == 1
+    assert desc != QuantDescriptor(amax=((1.0,), (2.5,)))
+
+
+def test_arrays_are_copied():
+    array = np.array([1.0, 2.0])
+    desc = QuantDescriptor(amax=array)
+    array[0] = 9
+    assert desc.amax == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("axis", [np.int64(1), torch.tensor(1), 1])
+def test_an_axis_from_numpy_is_an_int(axis):
+    assert type(QuantDescriptor(axis=axis).axis) is int
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantDescriptor().num_bits = 4
+
+
+def test_replace_changes_a_copy():
+    desc = QuantDescriptor(axis=0)
+    assert desc.replace(num_bits=4) == QuantDescriptor(num_bits=4, axis=0)
+    assert desc == QuantDescriptor(axis=0)
+    with pytest.raises(ValueError, match="`num_bits`"):
+        desc.replace(num_bits=1)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("num_bits", [-8, 0, 1, 17, 32])
+def test_num_bits_out_of_range(num_bits):
+    with pytest.raises(ValueError, match=f"`num_bits` is {num_bits}: it must lie in 2 to 16"):
+        QuantDescriptor(num_bits=num_bits)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"), [("num_bins", 1), ("num_bins", 0), ("calib_method", "entropy"), ("calib_method", None)]
+)
+def test_a_value_out_of_range_is_named(field, bad):
+    with pytest.raises(ValueError, match=f"`{field}` is {bad!r}"):
+        QuantDescriptor(**{field: bad})
+
+
+@pytest.mark.parametrize("field", ["num_bits", "num_bins", "unsigned", "narrow_range", "fake_quant", "axis"])
+@pytest.mark.parametrize("bad", ["8", 8.5, {}])
+def test_a_value_of_another_type_is_named(field, bad):
+    with pytest.raises(TypeError, match=f"`{field}` is {bad!r}"):
+        QuantDescriptor(**{field: bad})
+
+
+@pytest.mark.parametrize(("field", "bad"), [("num_bits", True), ("num_bins", False), ("unsigned", 1), ("narrow_range", None)])
+def test_numbers_are_no_booleans_and_booleans_no_numbers(field, bad):
+    with pytest.raises(TypeError, match=f"`{field}` is {bad!r}"):
+        QuantDescriptor(**{field: bad})
+
+
+@pytest.mark.parametrize("parse", [QuantDescriptor.from_dict, lambda d: QuantDescriptor.from_yaml(yaml.safe_dump(d))])
+def test_unknown_keys_are_named_with_the_known_ones(parse):
+    with pytest.raises(ValueError, match=r"'bits', 'scale'.*num_bits, name, axis"):
+        parse({"scale": 1, "num_bits": 8, "bits": 4})
+
+
+# Rules and presets
+
+
+@pytest.mark.parametrize("side", ["input", "weight"])
+@pytest.mark.parametrize("bad", ["int8", 8, [8]])
+def test_a_rule_takes_descriptors_only(side, bad):
+    with pytest.raises(TypeError, match=rf"`{side}` of rule 'layer\*'"):
+        QuantRule("layer*", **{side: bad})
+
+
+def test_a_rule_without_descriptors_is_a_rule():
+    assert QuantRule("head") == QuantRule("head", None, None)
+
+
+@pytest.mark.parametrize(
+    ("preset", "input", "weight"),
+    [
+        ("int8", QuantDescriptor(narrow_range=False), QuantDescriptor(axis=0)),
+        ("int8_per_tensor", QuantDescriptor(narrow_range=False), QuantDescriptor()),
+        ("int8_weight_only", None, QuantDescriptor(axis=0)),
+        ("w4a8", QuantDescriptor(narrow_range=False), QuantDescriptor(num_bits=4, axis=0)),
+    ],
+)
+def test_presets_are_what_runtimes_execute(preset, input, weight):
+    assert resolve_rules(preset) == [QuantRule("*", input, weight)]
+
+
+def test_every_preset_is_tested():
+    assert set(PRESETS) == {"int8", "int8_per_tensor", "int8_weight_only", "w4a8"}
+    assert (INT8_INPUT.narrow_range, INT8_WEIGHT.narrow_range) == (False, True)
+
+
+def test_rules_may_be_mappings_as_yaml_gives_them():
+    given = [{"pattern": "a", "input": {"num_bits": 4}}, QuantRule("b", weight={"axis": 0}), {"pattern": "c", "weight": None}]
+    assert resolve_rules(given) == [
+        QuantRule("a", QuantDescriptor(num_bits=4)),
+        QuantRule("b", None, QuantDescriptor(axis=0)),
+        QuantRule("c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"pattern": "a", "output": None}, "Unknown rule key 'output': choose among pattern, input, weight"),
+        ({"pattern": "a", "input": {"bits": 8}}, "Unknown descriptor key 'bits'"),
+        ({"pattern": "a", "input": {"num_bits": 99}}, "`num_bits` is 99"),
+    ],
+)
+def test_mistakes_in_a_mapping_are_named(rule, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_rules([rule])
+
+
+def test_rules_that_are_given_are_used():
+    rules = (QuantRule("a"), QuantRule("b", INT8_INPUT))
+    assert resolve_rules(rules) == list(rules)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'int3'.*int8, int8_per_tensor"):
+        resolve_rules("int3")
