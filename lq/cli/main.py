@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, cast
 
 VERBS = ("run",)
 
@@ -28,12 +28,21 @@ def main() -> None:
         sys.exit(f"lq: there is no verb {verb!r}: choose among {', '.join(VERBS)}, or give overrides as key=value.")
     try:
         import hydra
-        from omegaconf import OmegaConf
     except ImportError as missing:
         sys.exit(f'lq: {missing.name} is not installed: pip install "lightning-lq[recipes,export]"')
     _quiet()
-    OmegaConf.register_new_resolver("concat", lambda *lists: [item for part in lists for item in part], replace=True)
+    register_resolvers()
     hydra.main(version_base="1.3", config_path="pkg://lq.conf", config_name=verb)(_job)()
+
+
+def register_resolvers() -> None:
+    """What the configs use beyond OmegaConf's own: ``${concat:${list},${list}}``."""
+    from omegaconf import ListConfig, OmegaConf
+
+    def concat(*lists: ListConfig) -> list[Any]:
+        return [item for part in lists for item in cast(list[Any], OmegaConf.to_container(part, resolve=True))]
+
+    OmegaConf.register_new_resolver("concat", concat, replace=True)
 
 
 def _job(cfg: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -44,9 +45,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
 
     console.rule("Calibration, rescaling, quantization-aware training")
     loggers = list(instantiate(cfg.logger).values())
-    trainer: Trainer = instantiate(
-        cfg.trainer, max_epochs=cfg.schedule.epochs, callbacks=list(callbacks.values()), logger=loggers
-    )
+    # LearningRateMonitor refuses to be without a logger
+    used = [c for c in callbacks.values() if loggers or not isinstance(c, LearningRateMonitor)]
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.schedule.epochs, callbacks=used, logger=loggers)
     trainer.fit(model, datamodule=data)
     deployment = deploy(cfg, trainer, data, float_model, model, folder)
     if deployment is not None:

@@ -90,6 +90,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         model = copy.deepcopy(model).eval()
         fold_batchnorm_(model, args, kwargs)
         raise_dead_scales_(model)
+        # torch.onnx takes a dict at the end of args for kwargs, unless there are any
+        args = (*args, {}) if not kwargs and args and isinstance(args[-1], dict) else args
         try:
             return torch.onnx.export(
                 model,

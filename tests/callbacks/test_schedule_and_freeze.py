@@ -1,5 +1,6 @@
 import copy
 import csv
+import itertools
 import math
 
 import pytest
@@ -32,7 +33,7 @@ class Record(Callback):
 
     def changes(self):
         steps = sorted(self.amax)
-        pairs = zip(steps, steps[1:], strict=False)
+        pairs = itertools.pairwise(steps)
         return [b for a, b in pairs if any(not torch.equal(self.amax[a][n], self.amax[b][n]) for n in self.amax[a])]
 
 

@@ -105,7 +105,12 @@ class Between(Branches):
         return self.norm(torch.relu(self.conv(x)))
 
 
-def per_input(layer: nn.Module, norm: nn.Module) -> nn.Module:
+class NormAct(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def pair(layer: nn.Module, norm: nn.Module) -> nn.Module:
     return nn.Sequential(layer, norm)
 
 
@@ -114,11 +119,11 @@ UNFOLDED = {
     "returned": (Returned, (4, 4, 9)),
     "called twice": (Twice, (4, 4, 9)),
     "something between": (Between, (4, 4, 9)),
-    "transposed": (lambda: per_input(nn.ConvTranspose1d(4, 4, 3), nn.BatchNorm1d(4)), (4, 4, 9)),
-    "no running statistics": (lambda: per_input(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)), (4, 4)),
-    "instance norm": (lambda: per_input(nn.Conv1d(4, 4, 3), nn.InstanceNorm1d(4)), (4, 4, 9)),
+    "transposed": (lambda: pair(nn.ConvTranspose1d(4, 4, 3), nn.BatchNorm1d(4)), (4, 4, 9)),
+    "no running statistics": (lambda: pair(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)), (4, 4)),
+    "another norm": (lambda: pair(nn.Conv1d(4, 4, 3), NormAct(4)), (4, 4, 9)),
     # as many steps as features, so that sizes alone would not tell: BatchNorm works on the steps
-    "linear on three axes": (lambda: per_input(nn.Linear(4, 5), nn.BatchNorm1d(5)), (4, 5, 4)),
+    "linear on three axes": (lambda: pair(nn.Linear(4, 5), nn.BatchNorm1d(5)), (4, 5, 4)),
 }
 
 
@@ -148,11 +153,12 @@ def test_left_unfolded_where_codes_could_not_stay():
     assert fold_batchnorm_(model, (x,)) == ["0"]
 
 
-def test_left_unfolded_where_the_weight_is_computed():
+@pytest.mark.parametrize("weight_norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_left_unfolded_where_the_weight_is_computed(weight_norm):
     x = torch.randn(8, 4)
     layer = nn.Linear(4, 3)
     model = calibrated(nn.Sequential(layer, nn.BatchNorm1d(3)), x)
-    nn.utils.parametrizations.weight_norm(layer)
+    weight_norm(layer)
     assert fold_batchnorm_(model, (x,)) == []
 
 

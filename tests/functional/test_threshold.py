@@ -223,8 +223,8 @@ def test_all_mass_in_the_first_bin_gives_no_more_than_the_peak(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_histogram_gives_its_peak(method):
-    amax = threshold(torch.zeros(1, 16, dtype=torch.int64), torch.ones(1), torch.tensor([0.0]), method)
-    assert amax.tolist() == [0.0]
+    counts, peak = torch.zeros(2, 16, dtype=torch.int64), torch.tensor([0.0, 7.0])
+    assert threshold(counts, torch.ones(2), peak, method, Search(start_bin=1)).tolist() == [0.0, 7.0]
 
 
 def test_max_does_not_clip():

@@ -1,0 +1,50 @@
+"""Two processes on the CPU against one on the union of their batches."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from tiny import Tiny, loader, trainer
+
+import lq
+from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
+
+
+class Keep(Callback):
+    """Saves what each rank's amax is before the first step, and after the last."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, trainer, pl_module, when):
+        amax = {name: q.amax.clone() for name, q in lq.named_quantizers(pl_module)}
+        torch.save(amax, self.folder / f"{when}-{trainer.world_size}-{trainer.global_rank}.pt")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 0:
+            self.save(trainer, pl_module, "first")
+
+    def on_train_end(self, trainer, pl_module):
+        self.save(trainer, pl_module, "last")
+
+
+def fit(folder, ranks, batchnorm):
+    seed_everything(0, verbose=False)
+    quantize = Quantize(batches=8 // ranks, method="mse", alpha=0.5)
+    freeze = ScaleFreeze(refresh_every=2, observe=1, freeze_after=None)
+    callbacks = [QuantizationAwareTraining(quantize=quantize, freeze=freeze), Keep(folder)]
+    strategy = {"strategy": "ddp_spawn", "devices": ranks} if ranks > 1 else {}
+    trainer(folder, *callbacks, max_epochs=1, **strategy).fit(Tiny(batchnorm), loader(), loader())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batchnorm", [True, False])
+def test_two_ranks_have_the_amax_of_one_process_on_the_union_of_the_batches(tmp_path, batchnorm):
+    for ranks in (1, 2):
+        fit(tmp_path, ranks, batchnorm)
+    one, *two = (torch.load(tmp_path / f"first-{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for rank in two:
+        torch.testing.assert_close(rank, one, rtol=0, atol=0)
+    # refreshes merge the statistics too: ranks saw different batches and still agree
+    last = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(*last, rtol=0, atol=0)
+    assert any(not torch.equal(last[0][name], one[name]) for name in one)

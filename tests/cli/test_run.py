@@ -1,0 +1,219 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
+from wandb_run import history
+
+import lq
+import lq.conf
+from lq.cli.main import register_resolvers
+from lq.cli.run import run
+from lq.recipes.digits import DigitsClassifier
+
+CONF = Path(next(iter(lq.conf.__path__)))
+GROUPS = {f"{p.parent.name}={p.stem}" for p in CONF.glob("*/*.yaml") if p.stem != "default" or p.parent.name in ("trainer", "callbacks")}
+QUICK = ["schedule.epochs=1", "float_epochs=1", "trainer.enable_progress_bar=false"]
+
+
+def config(folder, *overrides):
+    register_resolvers()
+    with initialize_config_module("lq.conf", version_base="1.3"):
+        cfg = compose("run", [f"output_dir={folder}", "hydra.job.num=0", *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.set_struct(cfg, False)
+        del cfg["hydra"]
+        return cfg
+
+
+def command(folder, *args, **options):
+    env = os.environ | {"WANDB_SILENT": "true", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-m", "lq", *args], cwd=folder, env=env, text=True, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def float_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "digits.pt"
+    torch.save(DigitsClassifier().state_dict(), path)
+    return path
+
+
+# Configs
+
+
+@pytest.mark.parametrize("choice", sorted(GROUPS))
+def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice):
+    cfg = config(tmp_path, *(["schedule.epochs=1"] if "experiment" in choice else []), choice)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for group in ("data", "model"):
+        instantiate(cfg[group])
+    callbacks = instantiate(cfg.callbacks)
+    assert isinstance(callbacks["quantize"], lq.callbacks.Quantize)
+    if not choice.startswith(("logger=wandb", "trainer=ddp")):
+        instantiate(cfg.logger)
+        instantiate(cfg.trainer, max_epochs=1)
+
+
+def test_what_is_chosen_arrives(tmp_path):
+    told = ["calib=entropy", "quant=int8_per_tensor", "rescale.alpha=0.75", "schedule.refresh_every=50", "calib.start_bin=64"]
+    callbacks = instantiate(config(tmp_path, *told, "quant.overrides=[{pattern: head}]").callbacks)
+    quantize, freeze = callbacks["quantize"], callbacks["freeze"]
+    assert (quantize.method, quantize.method_options["start_bin"], quantize.alpha) == ("entropy", 64, 0.75)
+    assert (freeze.method, freeze.refresh_every) == ("entropy", 50)
+    model = lq.quantize_(DigitsClassifier(), quantize.rules)
+    quantizers = dict(lq.named_quantizers(model))
+    assert quantizers["stem.0.weight"].axis is None
+    assert not quantizers["stem.0.input"].quant_desc.narrow_range
+    assert "head.input" not in quantizers
+
+
+def test_config_fields_are_the_descriptors_own(tmp_path):
+    cfg = config(tmp_path)
+    assert lq.QuantDescriptor.from_dict(OmegaConf.to_object(cfg.quant.input)) == lq.descriptor.INT8_INPUT
+    assert lq.QuantDescriptor.from_dict(OmegaConf.to_object(cfg.quant.weight)) == lq.descriptor.INT8_WEIGHT
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a short run from the command line, and what it printed."""
+    place = tmp_path_factory.mktemp("anywhere")
+    result = command(place, *QUICK, "hydra.run.dir=out")
+    assert result.returncode == 0, result.stderr
+    return place / "out", result.stdout
+
+
+@pytest.mark.slow
+def test_everything_of_a_run_lies_in_one_folder(finished):
+    folder, printed = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "checkpoints", "float.onnx", "int8.onnx", "report.md", "report.html", "figures", "metrics.json", "wandb"} <= names
+    assert {p.name for p in (folder / "checkpoints").iterdir()} >= {"float.ckpt", "last.ckpt"}
+    assert {p.stem for p in (folder / "figures").iterdir()} == {"accuracy", "amax", "histograms", "sqnr"}
+    assert [p.name for p in folder.parent.iterdir()] == ["out"]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["callbacks"]["quantize"]["rules"][0]["weight"]["axis"] == 0
+    assert "onnxruntime" in printed
+
+
+@pytest.mark.slow
+def test_the_figures_of_a_run_are_consistent(finished):
+    folder, printed = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    stages = ["float", "calibrated", "rescaled", "qat", "onnxruntime"]
+    assert all(0 <= metrics[f"{stage}/val_acc"] <= 1 for stage in stages)
+    assert all(f"{100 * metrics[f'{stage}/val_acc']:.2f}" in printed for stage in stages)
+    assert metrics["agreement"] >= 0.995
+    assert metrics["worst_disagreement_steps"] <= 1
+    assert metrics["int8/bytes"] == (folder / "int8.onnx").stat().st_size < 0.4 * metrics["float/bytes"]
+    report = (folder / "report.md").read_text()
+    assert f"{100 * metrics['onnxruntime/val_acc']:.2f}" in report
+    assert "head.weight" in report
+
+
+@pytest.mark.slow
+def test_the_offline_wandb_run_has_curves_stages_and_pictures(finished):
+    logged = history(finished[0])
+    assert {"amax/head.input", "saturated/head.weight", "lr-SGD", "train_loss", "val_acc", "qat/val_acc"} <= logged.keys()
+    assert {"histogram/head.input", "figures/accuracy", "figures/amax", "figures/histograms", "figures/sqnr"} <= logged.keys()
+
+
+@pytest.mark.slow
+def test_the_float_checkpoint_of_a_run_starts_another(finished, tmp_path):
+    folder, _ = finished
+    first = json.loads((folder / "metrics.json").read_text())
+    again = run(config(tmp_path, *QUICK, f"ckpt_path={folder / 'checkpoints' / 'float.ckpt'}", "logger=none", "export=none"))
+    assert again["float/val_acc"] == pytest.approx(first["float/val_acc"])
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_in_one_table(tmp_path, float_weights):
+    told = [*QUICK, f"ckpt_path={float_weights}", "export=none", "logger=none", "hydra.sweep.dir=out"]
+    result = command(tmp_path, "-m", "calib=max,percentile", *told)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    assert len(table) == 4
+    assert "| max |" in table[2]
+    assert "| percentile |" in table[3]
+    last = result.stdout[result.stdout.index("Runs") :]
+    assert all(word in last for word in ("max", "percentile", "qat/val_acc"))
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_report(tmp_path, float_weights):
+    told = [*QUICK, f"ckpt_path={float_weights}", "logger=csv", "hydra.run.dir=out", "trainer=ddp_cpu", "trainer.devices=2"]
+    result = command(tmp_path, *told)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Report:") == 1
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["agreement"] >= 0.995
+    assert len(list((tmp_path / "out").rglob("metrics.csv"))) == 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("calib.method=magic", "magic.*choose one of"),
+        ("rescale.alpha=2", "alpha.*2"),
+        ("quant.weight.num_bits=33", "num_bits.*33"),
+        ("+quant.input.bits=8", "bits.*num_bits"),
+        ("quant.overrides=[{pattern: stemm}]", "stemm.*closest.*stem"),
+        ("quant.overrides=[{patern: stem}]", "patern.*pattern"),
+        ("calib.batches=0", "batches.*0"),
+        ("schedule.freeze_after=1.5", "freeze_after.*1.5"),
+    ],
+)
+def test_bad_values_are_refused_before_training(tmp_path, told, message):
+    with pytest.raises(Exception, match=message):
+        run(config(tmp_path, *QUICK, told, "logger=none"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.yaml"}
+
+
+@pytest.mark.parametrize("told", ["calib=magic", "magic=1", "callib=mse"])
+def test_unknown_groups_and_keys_are_refused(tmp_path, told):
+    with pytest.raises((MissingConfigException, ConfigCompositionException), match=r"magic|callib"):
+        config(tmp_path, told)
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    torch.save(DigitsClassifier(width=8).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt does not fit DigitsClassifier"):
+        run(config(tmp_path / "out", *QUICK, f"ckpt_path={tmp_path / 'other.pt'}", "logger=none"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"output_dir.*file"):
+        run(config(tmp_path / "file" / "out", *QUICK))
+
+
+def test_manual_optimization(tmp_path, monkeypatch, float_weights):
+    monkeypatch.setattr(DigitsClassifier, "automatic_optimization", False)
+    with pytest.raises(MisconfigurationException, match="automatic_optimization"):
+        run(config(tmp_path, *QUICK, f"ckpt_path={float_weights}", "logger=none"))
+
+
+@pytest.mark.slow
+def test_an_error_is_one_message_without_a_traceback(tmp_path):
+    for args, words in {("calib.method=magic",): "magic", ("reun",): "reun"}.items():
+        result = command(tmp_path, *args)
+        assert result.returncode != 0
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert list(itertools.chain(tmp_path.rglob("*.ckpt"), tmp_path.rglob("*.onnx"))) == []
