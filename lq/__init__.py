@@ -6,6 +6,7 @@ from lq.descriptor import QuantDescriptor, QuantRule
 from lq.nn import TensorQuantizer
 from lq.rescale import RescalingCalibrator
 from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, unfreeze_
+from lq.version import __version__
 
 __all__ = [
     "QuantDescriptor",

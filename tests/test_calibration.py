@@ -148,9 +148,10 @@ def test_between_the_two_halves_quantizers_go_on_quantizing():
 def test_the_weight_counts_as_it_is_at_the_end():
     model = observe_(quantize_(nn.Sequential(nn.Linear(2, 2))))
     model(torch.ones(1, 2))
-    model[0].weight.data.mul_(3)
-    load_calib_amax_(merge_statistics_(model))
-    assert torch.equal(model[0].weight_quantizer.amax, compute_amax(model[0].weight, 0))
+    for factor in (3, 0.1):
+        model[0].weight.data.mul_(factor)
+        load_calib_amax_(merge_statistics_(model))
+        assert torch.equal(model[0].weight_quantizer.amax, compute_amax(model[0].weight, 0))
 
 
 # What stays as it was
@@ -165,6 +166,7 @@ def test_modes_buffers_random_numbers_and_switches_stay(raises):
     model = calibrated(quantize_(network()), batches())
     model.train()
     model[1].eval()
+    assert all(q._if_quant for _, q in named_quantizers(model))
     model[0].input_quantizer.disable_quant()
     model[5].weight_quantizer.disable()
     state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -279,12 +279,12 @@ def padded():
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-def test_a_transformer_in_evaluation_really_calls_its_quantizers(layers):
+def test_a_transformer_in_evaluation_really_calls_its_quantizers(layers, monkeypatch):
     model = quantize_(encoder(layers))
     x, mask = padded()
     calls = []
-    for _, quantizer in named_quantizers(model):
-        quantizer.register_forward_hook(lambda *_: calls.append(1))
+    # no hooks: with them torch leaves its fused path by itself
+    monkeypatch.setattr(TensorQuantizer, "forward", lambda _, inputs: calls.append(1) or inputs)
     with torch.no_grad():
         model(x, src_key_padding_mask=mask)
     assert len(calls) == 4 * max(layers, 1)

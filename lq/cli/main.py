@@ -68,5 +68,5 @@ def _quiet() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     for name in ("lightning.pytorch", "lightning.fabric", "onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*QATSchedule overrules.*"):
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory.*", ".*QATSchedule overrules.*"):
         warnings.filterwarnings("ignore", message=message)

@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.fabric.utilities.rank_zero import _get_rank
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -25,7 +26,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     Returns:
         The run's figures, as in ``metrics.json``; ``None`` on ranks other than 0.
     """
-    console = Console()
+    console = Console(quiet=(_get_rank() or 0) > 0)
     folder = prepare_folder(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
@@ -49,17 +50,19 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     used = [c for c in callbacks.values() if loggers or not isinstance(c, LearningRateMonitor)]
     trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.schedule.epochs, callbacks=used, logger=loggers)
     trainer.fit(model, datamodule=data)
-    deployment = deploy(cfg, trainer, data, float_model, model, folder)
-    if deployment is not None:
-        quantize.stages["onnxruntime"] = validate_onnx(cfg, model, data, deployment.quantized.path)
+    with console.status("Exporting, verifying and timing the graphs"):
+        deployment = deploy(cfg, trainer, data, float_model, model, folder)
+        if deployment is not None:
+            quantize.stages["onnxruntime"] = validate_onnx(cfg, model, data, deployment.quantized.path)
     if not trainer.is_global_zero:
         return None
 
-    report = describe(cfg, quantize, model, data, deployment, folder)
+    with console.status("Measuring the layers and drawing the report"):
+        report = describe(cfg, quantize, model, data, deployment, folder)
+        page = write_report(report, folder)
+        log_figures(trainer, folder / "figures")
     console.print()
     print_report(report, console)
-    page = write_report(report, folder)
-    log_figures(trainer, folder / "figures")
     console.print(f"Report: {page}", soft_wrap=True)
     return write_metrics(report, deployment, folder)
 
@@ -94,7 +97,8 @@ def prepare_folder(cfg: DictConfig) -> Path:
     folder = Path(cfg.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        if not _get_rank():
+            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     except OSError as error:
         raise OSError(f"`output_dir` {folder} cannot be written ({error.strerror}): set hydra.run.dir to another.") from error
     return folder

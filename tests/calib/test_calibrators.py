@@ -109,6 +109,7 @@ def test_collecting_leaves_the_data_and_its_graph_alone(make):
     calibrator = collected(make(), [y])
     assert torch.equal(y, data()[0])
     assert not calibrator.compute_amax().requires_grad
+    assert not calibrator(y).requires_grad
     assert not any(state.requires_grad for state in calibrator.metric_state.values())
 
 

@@ -1,6 +1,7 @@
 """Calibration on several ranks equals calibration of one process on the union of their batches, bit for bit."""
 
 import datetime
+import multiprocessing
 
 import pytest
 import torch
@@ -134,9 +135,11 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What every rank found: ``results[world][rank][question]``. Processes start once, importing torch is slow."""
+    """What every rank found: ``results[world][rank][question]``."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=max(WORLDS))
+    # importing torch takes longer than all of the tests: do it once, in a server from which the ranks are forked, and fork once
+    multiprocessing.set_forkserver_preload(["lq.calibration"])
+    mp.start_processes(work, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
     return {w: [torch.load(folder / f"{w}-{r}.pt", weights_only=False) for r in range(w)] for w in WORLDS}
 
 

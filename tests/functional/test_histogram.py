@@ -153,11 +153,11 @@ def test_zeros_are_skipped_on_request_and_small_values_are_not():
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_does_no_harm(bad, rows):
-    x = torch.tensor([[0.3, bad, 0.6]]).expand(rows, 3)
-    counts, exponent = collect([x, x])
+    good, x = torch.tensor([[0.3, 0.6]]).expand(rows, 2), torch.tensor([[0.3, bad, 0.6]]).expand(rows, 3)
+    counts, exponent = collect([good, x, good])
     assert exponent.tolist() == [0] * rows
     assert (counts >= 0).all()
-    assert 4 * rows <= counts.sum() <= 6 * rows
+    assert 4 * rows <= counts.sum() <= 7 * rows
 
 
 def test_the_given_counts_are_left_alone():

@@ -298,6 +298,16 @@ def test_to_quantized_and_back_keeps_the_object_and_what_it_computes(case):
     assert torch.equal(layer(x, *more), before)
 
 
+def test_placing_quantizers_keeps_a_factor_on_the_input():
+    layer = to_quantized_(nn.Linear(3, 2))
+    layer.input_quantizer.pre_quant_scale = factor = torch.rand(3)
+    x = torch.randn(4, 3)
+    before = layer(x)
+    quantize_(layer)
+    assert torch.equal(layer.input_quantizer.pre_quant_scale, factor)
+    assert torch.equal(layer(x), before)
+
+
 def test_back_in_float_a_factor_on_the_input_is_in_the_weight():
     layer = to_quantized_(nn.Conv2d(3, 4, 3).double())
     layer.input_quantizer.pre_quant_scale = torch.rand(3, 1, 1) + 0.5
