@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-OPTIONAL = ["hydra", "omegaconf", "wandb", "sklearn", "matplotlib", "rich", "markdown", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "tensorrt"]
+OPTIONAL = "hydra omegaconf wandb sklearn matplotlib rich markdown onnx onnxscript onnx_ir onnxruntime tensorrt".split()
 
 
 def test_import_needs_no_optional_package():

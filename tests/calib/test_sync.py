@@ -143,14 +143,20 @@ def results(tmp_path_factory):
     return {w: [torch.load(folder / f"{w}-{r}.pt", weights_only=False) for r in range(w)] for w in WORLDS}
 
 
+@pytest.fixture(scope="module")
+def one():
+    """What one process finds on all batches."""
+    return statistics(collected(batches()))
+
+
 # What must come out
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("share", ["uneven", "last has none", "first has none"])
-def test_every_rank_has_the_statistics_of_one_process_on_the_union(results, world, share):
+def test_every_rank_has_the_statistics_of_one_process_on_the_union(results, one, world, share):
     for mine in results[world]:
-        for (shape, states), (one_shape, one_states) in zip(mine[share], statistics(collected(batches())), strict=True):
+        for (shape, states), (one_shape, one_states) in zip(mine[share], one, strict=True):
             assert shape == one_shape
             for name, state in one_states.items():
                 assert states[name].dtype == state.dtype

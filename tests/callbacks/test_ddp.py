@@ -3,10 +3,10 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from tiny import Tiny, loader, trainer
 
 import lq
 from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
+from tiny import Tiny, loader, trainer
 
 
 class Keep(Callback):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from tiny import DictBatches, Tiny, dataset, loader, trainer
 from torch.utils.data import DataLoader
-from wandb_run import history
 
 import lq
 from lq.callbacks import OnnxExport, QuantizationAwareTraining, Quantize, QuantMonitor
 from lq.export import OnnxModel
+from tiny import DictBatches, Tiny, dataset, loader, trainer
+from wandb_run import history
 
 NAMES = ["net.0.input", "net.0.weight", "net.4.input", "net.4.weight"]
 

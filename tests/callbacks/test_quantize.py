@@ -6,7 +6,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import DictBatches, NoForward, TensorBatches, Tiny, dataset, loader, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -14,6 +13,7 @@ from torchmetrics import MeanMetric
 import lq
 from lq.callbacks import QuantizationAwareTraining, Quantize
 from lq.callbacks.feeding import forward_arguments
+from tiny import DictBatches, NoForward, TensorBatches, Tiny, dataset, loader, trainer
 
 
 def amaxes(model: nn.Module) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
-from tiny import Tiny, loader, trainer
 
 import lq
 from lq.callbacks import QATSchedule, Quantize, ScaleFreeze
 from lq.schedule import cosine_factor, is_observing, is_refresh, to_steps
+from tiny import Tiny, loader, trainer
 
 
 class Record(Callback):

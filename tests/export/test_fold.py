@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from exported import calibrated, close, codes, export, set_statistics
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from exported import calibrated, close, codes, export, set_statistics
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, QuantRule
 from lq.export.fold import fold_batchnorm_
 from lq.functional.fake_quant import tensor_quant

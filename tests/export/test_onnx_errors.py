@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from exported import calibrated
 from torch import Tensor, nn
 
 import lq
+from exported import calibrated
 from lq.descriptor import INT8_INPUT, QuantDescriptor, QuantRule
 from lq.export import to_onnx
 

@@ -8,11 +8,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from exported import calibrated, close, codes, export, set_statistics
 from torch import Tensor, nn
 
 import lq
 import lq.export.onnx
+from exported import calibrated, close, codes, export, set_statistics
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, PRESETS, QuantDescriptor, QuantRule
 from lq.export import to_onnx
 from lq.nn import TensorQuantizer
@@ -321,7 +321,7 @@ class Branching(nn.Module):
         self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, self.left, self.right, (x,))
+        return torch.cond(x.sum() > 0, self.left, lambda x: self.right(x) + self.left(-x), (x,))
 
 
 def test_quantizers_inside_a_branch(tmp_path):
@@ -331,9 +331,18 @@ def test_quantizers_inside_a_branch(tmp_path):
         layer.input_quantizer.amax = 1.0
         layer.weight_quantizer.amax = layer.weight.detach().abs().amax(1, keepdim=True)
     graph = export(model.eval(), x, tmp_path)
-    assert {c.dtype for c in graph.constants.values() if c.ndim > 1} == {np.dtype(np.int8)}
+    # one copy of a weight that both branches use
+    assert [c.dtype for c in graph.constants.values() if c.ndim > 1] == [np.int8, np.int8]
     close(model, graph, x)
     close(model, graph, -x)
+
+
+def test_model_in_training_is_exported_as_in_evaluation(tmp_path):
+    x = torch.randn(8, 4)
+    model = calibrated(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), x)
+    graph = export(model.train(), x, tmp_path)
+    assert model[1].training
+    close(model.eval(), graph, x)
 
 
 def test_transformer_layer(tmp_path):

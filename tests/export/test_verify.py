@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from exported import calibrated
 from torch import Tensor, nn
 
+from exported import calibrated
 from lq.descriptor import PRESETS, QuantRule
 from lq.export import OnnxModel, Verification, compare_latency, latency, to_onnx, verify
 

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("sklearn")
 
 from lightning import Trainer, seed_everything
+
 from lq.recipes.digits import BACKGROUND, DigitsClassifier, DigitsDataModule, random_shift
 
 
