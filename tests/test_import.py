@@ -1,7 +1,20 @@
 import subprocess
 import sys
 
-OPTIONAL = "hydra omegaconf wandb sklearn matplotlib rich markdown onnx onnxscript onnx_ir onnxruntime tensorrt".split()
+OPTIONAL = [
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "markdown",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "onnxruntime",
+    "tensorrt",
+]
 
 
 def test_import_needs_no_optional_package():
