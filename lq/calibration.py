@@ -76,6 +76,8 @@ def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **
     Raises:
         ValueError: quantizers that saw no data (named), or have statistics that do not allow ``method``.
     """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"`momentum` is {momentum}: it must lie in [0, 1).")
     check_options(method, options)
     roles = _roles(model)
     if unseen := [name for name, (q, _) in roles.items() if not q.calibrator.collected]:

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# a worker per core, each with one thread: the tensors here are too small to share
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seed():

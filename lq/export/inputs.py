@@ -4,7 +4,6 @@ import inspect
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,25 +19,20 @@ def on_device_of(model: nn.Module, inputs: Any) -> Any:
     return inputs if device is None else tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
-def batch_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None]:
-    """Inputs and ``dynamic_shapes`` for :func:`torch.export.export`: axis 0 free in all tensors that agree there with the first.
+def batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """``dynamic_shapes`` for :func:`torch.onnx.export`: axis 0 free in all tensors that agree there with the first one.
 
-    A batch of one is doubled: ``torch.export`` takes sizes 0 and 1 for constants.
-
-    >>> batch_shapes(nn.ReLU(), (torch.ones(3, 2),), {})[2]
+    >>> from torch import ones
+    >>> batch_shapes(nn.ReLU(), (ones(3, 2),), {})
     {'input': {0: 'batch'}}
     """
     sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     if not sizes:
-        return args, kwargs, None
+        return None
 
     def has_batch(x: Any) -> bool:
         return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == sizes[0]
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = tree_map(lambda x: {0: "batch"} if has_batch(x) else None, dict(bound))
-    if sizes[0] == 1:
-        args, kwargs = tree_map(lambda x: torch.cat([x, x]) if has_batch(x) else x, (args, kwargs))
-    return args, kwargs, shapes
+    shapes: dict[str, Any] = tree_map(lambda x: {0: "batch"} if has_batch(x) else None, dict(bound))
+    return shapes

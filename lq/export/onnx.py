@@ -73,7 +73,7 @@ def to_onnx(
             raise ValueError(
                 f"`dynamic_shapes` is {dynamic_shapes!r}: give 'batch', None, or the shapes that torch.export takes."
             )
-        args, keywords, dynamic_shapes = batch_shapes(model, args, keywords)
+        dynamic_shapes = batch_shapes(model, args, keywords)
     with staged(path) as file:
         program = _export(model, args, keywords, dynamic_shapes, opset)
         lower_fake_quant_(program.model)

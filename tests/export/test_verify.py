@@ -1,5 +1,6 @@
 """Verification finds what differs, says by how many steps, and leaves the model alone."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exported import calibrated
-from lq.descriptor import PRESETS, QuantRule
+from lq.descriptor import INT8_WEIGHT, PRESETS, QuantRule
 from lq.export import OnnxModel, Verification, compare_latency, latency, to_onnx, verify
 
 
@@ -58,27 +59,32 @@ def test_step_is_one_code_of_the_last_layers_input(exported):
 def test_differences_are_counted(exported):
     model, path, batches = exported
     step = verify(model, path, batches).step
-    bias = model[4].bias
-    original = bias.detach().clone()
-    try:
-        with torch.no_grad():
-            bias[2] += 1000 * step
-            result = verify(model, path, batches)
-            (x,) = zip(*batches, strict=True)
-            expected = model(torch.cat(x)).argmax(1)
-            bias.copy_(original)
-            unequal = expected != model(torch.cat(x)).argmax(1)
-    finally:
-        bias.data.copy_(original)
-    assert result.disagreements == int(unequal.sum()) > 0
+    x = torch.cat([x for (x,) in batches])
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(x)
+        # half of everything changes no prediction, however large the difference; a bit of one class changes those that were close
+        changed[4].weight *= 0.5
+        changed[4].bias *= 0.5
+        changed[4].bias[0] += 0.1 * before.std()
+        after = changed(x)
+    result = verify(changed, path, batches)
+    unequal = before.argmax(1) != after.argmax(1)
+    difference = (before - after).abs()
+    assert 0 < result.disagreements == int(unequal.sum()) < 69
     assert result.agreement == pytest.approx(1 - result.disagreements / 69)
-    assert result.max_diff_steps == pytest.approx(1000, rel=0.01)
-    assert result.worst_disagreement_steps == pytest.approx(1000, rel=0.01)
-    assert result.mean_abs_diff == pytest.approx(1000 * step / 4, rel=0.01)
+    assert result.mean_abs_diff == pytest.approx(float(difference.mean()), rel=1e-3)
+    assert result.max_abs_diff == pytest.approx(float(difference.max()), rel=1e-3)
+    # the step is that of the model which is given
+    step = verify(changed, path, batches).step
+    assert result.max_diff_steps == pytest.approx(float(difference.max()) / step, rel=1e-3)
+    worst = float(difference.amax(1)[unequal].max())
+    assert worst < 0.99 * float(difference.max())
+    assert result.worst_disagreement_steps == pytest.approx(worst / step, rel=1e-3)
 
 
 class TwoHeads(nn.Module):
-    """The first output is of the layer that is called first; the second one is dense."""
+    """The first output is of the layer that is called first; the second one is of the last, and dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +97,7 @@ class TwoHeads(nn.Module):
 
 def test_keyword_batches_single_logit_and_two_outputs(tmp_path):
     x, shift = torch.randn(8, 3), torch.randn(4, 1)
-    rules = [QuantRule("small", *_int8()), QuantRule("large", None, PRESETS["int8"][0].weight)]
-    model = calibrated(TwoHeads(), x, shift=shift, rules=rules)
+    model = calibrated(TwoHeads(), x, shift=shift)
     path = to_onnx(model, x, tmp_path / "model.onnx", kwargs={"shift": shift})
     result = verify(model, path, [{"x": torch.randn(8, 3), "shift": shift} for _ in range(2)])
     assert result.samples == 16
@@ -106,17 +111,24 @@ def test_keyword_batches_single_logit_and_two_outputs(tmp_path):
     assert result.step == pytest.approx(float(small.input_quantizer.amax / 127 * largest), rel=1e-6)
 
 
-def _int8():
-    (rule,) = PRESETS["int8"]
-    return rule.input, rule.weight
-
-
 def test_feed_maps_a_batch_to_inputs(exported):
     model, path, batches = exported
     (name,) = OnnxModel(path).inputs
     assert verify(model, path, batches, feed=lambda batch: {name: batch[0]}).agreement == 1
     # what is fed is what is run
     assert verify(model, path, batches, feed=lambda batch: {name: -batch[0]}).agreement < 1
+
+
+def test_step_is_of_the_last_layer_with_a_quantized_input(tmp_path):
+    x = torch.randn(4, 6)
+    weight_only = QuantRule("2", None, INT8_WEIGHT)
+    model = calibrated(
+        nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3), nn.Softmax(1)), x, rules=[*PRESETS["int8"], weight_only]
+    )
+    layer = model[1]
+    largest = layer.weight_quantizer(layer.weight.detach()).abs().max()
+    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), [x])
+    assert result.step == pytest.approx(float(layer.input_quantizer.amax / 127 * largest), rel=1e-6)
 
 
 def test_step_is_nan_where_no_input_is_quantized(tmp_path):
