@@ -1,18 +1,18 @@
 """Calibrate a whole model: statistics from its forwards, one synchronisation over ranks, amax."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lq.calib import HistogramCalibrator, sync_calibrators
+from lq.calib import HistogramCalibrator, failing_together, sync_calibrators
 from lq.functional.threshold import Search, check_method
 from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import QuantMixin
 from lq.nn.tensor_quantizer import TensorQuantizer
-from lq.surgery import named_quantizers
+from lq.surgery import named_quantizers, unquantized
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,32 +45,26 @@ def calibrating(model: M, method: str = "max", **options: Any) -> Iterator[M]:
     tensor(3.)
     """
     check_options(method, options)
+    if not _roles(model):
+        raise ValueError(f"{type(model).__name__} has no quantizers to calibrate: call `lq.quantize_` or `lq.unfreeze_` first.")
     observe_(model, method)
-    switches = [(quantizer, quantizer._if_quant) for _, quantizer in named_quantizers(model)]
     try:
-        for quantizer, _ in switches:
-            quantizer.disable_quant()
-        with evaluating(model):
+        with failing_together(), unquantized(model), evaluating(model):
             yield model
-    except Exception as failure:
-        with suppress(ValueError):  # the other ranks wait for our statistics: let them stop as well
-            _sync({}, f"{type(failure).__name__}: {failure}")
-        raise
     finally:
-        _stop_observing_(model)
-        for quantizer, if_quant in switches:
-            quantizer._if_quant = if_quant
+        stop_observing_(model)
     merge_statistics_(model)
     load_calib_amax_(model, method, **options)
 
 
-def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **options: Any) -> M:
+def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, strict: bool = True, **options: Any) -> M:
     """Set every amax from the statistics at hand: another method needs neither data nor a model run.
 
     Args:
         model: a model that was calibrated with histograms (any method but ``max``).
         method: as :func:`calibrating`.
         momentum: share of the present amax that stays, in [0, 1).
+        strict: refuse quantizers that saw no data; else they keep what they have.
         options: as :func:`calibrating`.
 
     Raises:
@@ -80,7 +74,8 @@ def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **
         raise ValueError(f"`momentum` is {momentum}: it must lie in [0, 1).")
     check_options(method, options)
     roles = _roles(model)
-    if unseen := [name for name, (q, _) in roles.items() if not q.calibrator.collected]:
+    unseen = [name for name, (q, _) in roles.items() if not q.calibrator.collected]
+    if unseen and strict:
         raise ValueError(
             f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
             "through the model, or leave layers that it never calls out with a rule without descriptors."
@@ -88,7 +83,7 @@ def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **
     plain = [name for name, (q, weight) in roles.items() if weight is None and not isinstance(q.calibrator, HistogramCalibrator)]
     if plain and method not in ("max", "noclipping"):
         raise ValueError(f"`{plain[0]}` has no histogram for method {method!r}: calibrate with `method={method!r}`.")
-    for quantizer, _ in roles.values():
+    for quantizer in (q for name, (q, _) in roles.items() if name not in unseen):
         before = None if quantizer.amax is None else quantizer.amax.clone()
         if isinstance(quantizer.calibrator, HistogramCalibrator):
             quantizer.load_calib_amax(method, **options)
@@ -102,20 +97,19 @@ def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, **
 # The two halves of a calibration, for those who go on training in between
 
 
-def observe_(model: M, method: str = "max") -> M:
-    """Forget all statistics and collect new ones of every input from now on, in place; quantizers go on doing what they do."""
+def observe_(model: M, method: str = "max", *, keep: bool = False) -> M:
+    """Collect statistics of every input from now on, in place; quantizers go on doing what they do. ``keep`` those at hand."""
     roles = _roles(model)
-    if not roles:
-        raise ValueError(f"{type(model).__name__} has no quantizers to calibrate: call `lq.quantize_` or `lq.unfreeze_` first.")
     for quantizer, weight in roles.values():
-        _prepare(quantizer, "max" if weight is not None else method)
+        if not keep:
+            _prepare(quantizer, "max" if weight is not None else method)
         quantizer._if_calib = weight is None
     return model
 
 
 def merge_statistics_(model: M) -> M:
     """Stop collecting, look at the weights as they are now, and merge the statistics of inputs over ranks, in place."""
-    _stop_observing_(model)
+    stop_observing_(model)
     roles = _roles(model)
     for quantizer, weight in roles.values():
         if weight is not None:
@@ -125,15 +119,17 @@ def merge_statistics_(model: M) -> M:
     return model
 
 
-def _stop_observing_(model: nn.Module) -> None:
+def stop_observing_(model: M) -> M:
+    """Collect no more, in place; the statistics at hand stay."""
     for _, quantizer in named_quantizers(model):
         quantizer.disable_calib()
+    return model
 
 
 def _roles(model: nn.Module) -> Roles:
-    """The quantizers that may change."""
+    """The quantizers that may change: those that are neither frozen nor told their amax by their descriptor."""
     weights = {m.weight_quantizer: m.weight for m in model.modules() if isinstance(m, QuantMixin)}
-    return {name: (q, weights.get(q)) for name, q in named_quantizers(model) if not q.frozen}  # type: ignore[misc]
+    return {name: (q, weights.get(q)) for name, q in named_quantizers(model) if not (q.frozen or q.quant_desc.amax is not None)}  # type: ignore[misc]
 
 
 def _prepare(quantizer: TensorQuantizer, method: str) -> None:

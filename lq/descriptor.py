@@ -1,7 +1,8 @@
 """What to do with a tensor (:class:`QuantDescriptor`), and which tensors to do it with (:class:`QuantRule`)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,6 +20,14 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_frozen(v) for v in value)
     return value
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _numbers(part)
+    else:
+        yield value
 
 
 def _plain(value: Any) -> Any:
@@ -76,6 +85,8 @@ class QuantDescriptor:
             raise ValueError(f"`num_bins` is {self.num_bins}: it must be at least 2.")
         if self.calib_method not in CALIB_METHODS:
             raise ValueError(f"`calib_method` is {self.calib_method!r}: choose one of {', '.join(CALIB_METHODS)}.")
+        if self.amax is not None and not all(0 <= a < math.inf for a in _numbers(self.amax)):
+            raise ValueError(f"`amax` is {self.amax}: it must be finite and not negative.")
         axes = self.axis if isinstance(self.axis, tuple) else () if self.axis is None else (self.axis,)
         if not all(isinstance(a, int) for a in axes):
             raise TypeError(f"`axis` is {self.axis!r}: it must be an integer, several, or null.")

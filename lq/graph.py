@@ -18,9 +18,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lq.nn.evaluating import evaluating
 from lq.nn.tensor_quantizer import TensorQuantizer
 
-# Functions that look at a tensor's form and not at its values.
+# Functions and properties that look at a tensor's form and not at its values.
 LOOKS = frozenset(
-    {"__get__", "size", "dim", "numel", "__len__", "stride", "is_contiguous", "is_floating_point", "get_device", "type"}
+    {
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "requires_grad",
+            "is_cuda",
+            "is_leaf",
+            "is_quantized",
+            "is_meta",
+            "names",
+        ),
+        *("size", "dim", "numel", "nelement", "stride", "__len__", "is_contiguous", "is_floating_point", "get_device"),
+    }
 )
 
 
@@ -35,11 +50,19 @@ class Call:
 
 @dataclass
 class Flow:
-    """The calls of one run, in order. A value is a number; ``ndim`` has its dimensions."""
+    """The calls of one run, in order.
+
+    Attributes:
+        calls: of leaf modules and functions; a value is a number.
+        ndim: the dimensions of each value.
+        returned: values that the model returned.
+        parameters: identities of parameters that functions took, outside of leaf modules.
+    """
 
     calls: list[Call] = field(default_factory=list)
     ndim: dict[int, int] = field(default_factory=dict)
     returned: set[int] = field(default_factory=set)
+    parameters: set[int] = field(default_factory=set)
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Calls of a module."""
@@ -93,9 +116,13 @@ class _Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # a property: x.shape looks at the form, x.mT and x.data are the values
+            name = getattr(func.__self__, "__name__", name)
         if self.inside or name in LOOKS:
             return func(*args, **kwargs)
-        taken = tuple(self.value(t) for t in _tensors((args, kwargs)))
+        tensors = _tensors((args, kwargs))
+        self.flow.parameters.update(id(t) for t in tensors if isinstance(t, nn.Parameter))
+        taken = tuple(self.value(t) for t in tensors)
         output = func(*args, **kwargs)
         if taken:
             self.record(name, taken, output)
@@ -135,7 +162,7 @@ def tracing(model: nn.Module) -> Iterator[Flow]:
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> with tracing(model) as flow:
-    ...     _ = model(torch.ones(1, 2)) + 1
+    ...     _ = model(Tensor([[1.0, 1.0]])) + 1
     >>> [call.target if isinstance(call.target, str) else type(call.target).__name__ for call in flow.calls]
     ['Linear', 'ReLU', 'add']
     """

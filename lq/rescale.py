@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.calib import MaxCalibrator, sync_calibrators
+from lq.calib import MaxCalibrator, gather, sync_calibrators
 from lq.functional.smooth import smooth_factors
 from lq.graph import Call, Flow, tracing
 from lq.nn.evaluating import evaluating
@@ -21,6 +21,7 @@ from lq.nn.quant_module import (
     scale_input_channels_,
     to_quantized_,
 )
+from lq.surgery import has_quantized_layers, unquantized
 
 Excluded = Sequence[type[nn.Module] | nn.Module | str]
 
@@ -66,7 +67,8 @@ class RescalingCalibrator:
 
     Factors go into the affine of a norm whose output feeds only such layers, directly or through operations that let a positive
     factor per channel pass (ReLU, pooling, dropout), as found in the first run. Elsewhere the layer multiplies its input: the
-    quantizer's ``pre_quant_scale``. Layers whose weight is shared with another module are left as they are.
+    quantizer's ``pre_quant_scale``. Layers are left as they are whose weight something else takes too, or is computed; and, in a
+    model with quantized layers, those whose input stays in float, or has an amax that must not change.
 
     Args:
         model: float or quantized; after rescaling, quantizers of rescaled layers have no amax and must be calibrated.
@@ -97,6 +99,7 @@ class RescalingCalibrator:
         inplace: bool = False,
     ) -> None:
         excluded = _excluded_names(model, excluded_modules or ())
+        quantized = has_quantized_layers(model)
         self.model = model if inplace else copy.deepcopy(model)
         self.groups: list[RescaledGroup] = []
         self._flow: Flow | None = None
@@ -105,7 +108,7 @@ class RescalingCalibrator:
         self._calibrators = {
             m: MaxCalibrator(axis=0).to(_weight(m).device)
             for name, m in self.model.named_modules()
-            if _is_layer(m) and name not in excluded
+            if name not in excluded and (_is_quantized_layer(m) if quantized else _is_layer(m))
         }
         if args or kwargs:
             self(*args, **(kwargs or {}))
@@ -120,15 +123,16 @@ class RescalingCalibrator:
         """Collect from the run of the model in the block: one run, because the first block is where the graph is found."""
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
+            stack.enter_context(unquantized(self.model))
             # hooks run in the order they were made: the tracer's come first, so that it does not take ours for the model's
             flow = stack.enter_context(tracing(self.model)) if self._flow is None else self._flow
             for module in self._calibrators:
-                stack.callback(module.register_forward_pre_hook(self._collect).remove)
+                stack.callback(module.register_forward_pre_hook(self._collect, with_kwargs=True).remove)
             yield
         self._flow = flow if flow.calls else None
 
-    def _collect(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x: Tensor = args[0]
+    def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
         channels = x.movedim(_channel_dim(module, x.dim()), 0)
         self._calibrators[module].collect(channels.reshape(channels.shape[0], -1))
 
@@ -150,18 +154,30 @@ class RescalingCalibrator:
         if self._rescaled:
             raise RuntimeError("The model is rescaled already: make another calibrator for a second time.")
         broken = [self._names[m] for m, c in self._calibrators.items() if c.collected and not c.finite]
-        sync_calibrators(
-            list(self._calibrators.values()), f"NaN or Inf in the input of {', '.join(broken[:5])}." if broken else None
-        )
-        if self._flow is None or not any(c.collected for c in self._calibrators.values()):
-            raise ValueError("There are no statistics to rescale with: run at least one batch through the calibrator.")
-        for group in self._find_groups(self._flow):
+        error = f"NaN or Inf in the input of {', '.join(broken[:5])}: look for bad samples." if broken else None
+        sync_calibrators(list(self._calibrators.values()), error)
+        for group in self._agreed_groups():
             self.groups.append(self._rescale_group(group, alpha))
         self._rescaled = True
         return self.model
 
+    def _agreed_groups(self) -> list[_Group]:
+        """The groups that the first rank with a batch found: ranks whose batches took other paths do as it does."""
+        mine = None if self._flow is None else [self._named(group) for group in self._find_groups(self._flow)]
+        agreed = next((groups for groups in gather(mine) if groups is not None), None)
+        if not agreed:
+            raise ValueError(
+                "There is nothing to rescale: run at least one batch that reaches a linear or conv layer through the calibrator."
+            )
+        modules = {name: module for module, name in self._names.items()}
+        return [_Group([modules[name] for name in layers], modules.get(norm)) for layers, norm in agreed]
+
+    def _named(self, group: _Group) -> tuple[list[str], str | None]:
+        return [self._names[m] for m in group.layers], None if group.norm is None else self._names[group.norm]
+
     def _find_groups(self, flow: Flow) -> list[_Group]:
-        shared = _shared_parameters(self.model)
+        # a weight that something else takes too cannot change for this layer alone
+        shared = _shared_parameters(self.model) | flow.parameters
         left = [m for m, c in self._calibrators.items() if c.collected and id(_weight(m)) not in shared]
         groups: list[_Group] = []
         for call in flow.calls:
@@ -246,8 +262,19 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module has input channels that weights meet: a linear layer or a convolution, quantized or not."""
-    return (type(module) in QUANT_MODULES or isinstance(module, QuantInputMixin)) and hasattr(module, "weight")
+    """Whether a module has input channels that weights meet: a linear layer or a convolution, quantized or not.
+
+    Not with a weight that is computed (pruning, weight_norm): a factor on it would be gone with the next forward.
+    """
+    known = type(module) in QUANT_MODULES or isinstance(module, QuantInputMixin)
+    return known and module._parameters.get("weight") is not None
+
+
+def _is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a layer's input is quantized, with an amax that may change."""
+    if not _is_layer(module) or not isinstance(module, QuantInputMixin) or module.input_quantizer._disabled:
+        return False
+    return not any(q.frozen or q.quant_desc.amax is not None for q in module.quantizers().values())
 
 
 def _channel_dim(module: nn.Module, ndim: int) -> int:

@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
 
 from lq.descriptor import QuantRule, Rules, resolve_rules
-from lq.nn.quant_module import QUANT_MODULES, is_quantizable, to_float_, to_quantized_
+from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, is_quantizable, to_float_, to_quantized_
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,6 +33,24 @@ def is_quantized(model: nn.Module) -> bool:
     return any(True for _ in named_quantizers(model))
 
 
+def has_quantized_layers(model: nn.Module) -> bool:
+    """Whether any layer has an enabled quantizer of its own (one that stands alone in a ``forward`` does not count)."""
+    return any(isinstance(m, QuantInputMixin) and is_quantized(m) for m in model.modules())
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """The model computes in float inside the block; quantizers still collect if they are told to."""
+    switches = [(quantizer, quantizer._if_quant) for _, quantizer in named_quantizers(model)]
+    for quantizer, _ in switches:
+        quantizer.disable_quant()
+    try:
+        yield
+    finally:
+        for quantizer, if_quant in switches:
+            quantizer._if_quant = if_quant
+
+
 # Placing and removing
 
 
@@ -50,15 +69,15 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
 
     Raises:
         ValueError: a pattern that matches no quantizable module, an unknown preset, a model without quantizable modules, or
-            one that has quantizers already.
+            one that has quantized layers already.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> quantizers = dict(named_quantizers(quantize_(model)))
     >>> list(quantizers)
     ['0.input', '0.weight', '2.input', '2.weight']
     """
-    if is_quantized(model):
-        raise ValueError("The model has quantizers already: call `lq.dequantize_` before placing others.")
+    if has_quantized_layers(model):
+        raise ValueError("The model has quantized layers already: call `lq.dequantize_` before placing others.")
     targets = {name: m for name, m in model.named_modules() if is_quantizable(m)}
     if not targets:
         raise ValueError(
@@ -71,7 +90,7 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
         if rule.input is not None or rule.weight is not None:
             for quantizer in to_quantized_(targets[name], rule.input, rule.weight).quantizers().values():
                 quantizer.dynamic = False
-    if not is_quantized(model):
+    if not has_quantized_layers(model):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     _leave_fast_path_(model)
     return model

@@ -110,11 +110,24 @@ def test_a_quantizer_placed_by_hand_is_calibrated_too():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.25])
 def test_momentum_is_the_share_of_the_present_amax_that_stays(momentum):
-    model = nn.Sequential(TensorQuantizer(QuantDescriptor(amax=8.0)))
+    model = nn.Sequential(TensorQuantizer())
+    model[0].amax = 8.0
     observe_(model)
     model(torch.tensor([4.0]))
     load_calib_amax_(merge_statistics_(model), momentum=momentum)
     assert model[0].amax == 4 + momentum * 4
+
+
+def test_momentum_outside_its_range():
+    with pytest.raises(ValueError, match=r"momentum.*1\.5"):
+        load_calib_amax_(calibrated(quantize_(network()), batches()), momentum=1.5)
+
+
+def test_the_amax_of_a_descriptor_stays():
+    rules = [QuantRule("*", QuantDescriptor(amax=6.0), QuantDescriptor(axis=0))]
+    model = calibrated(quantize_(network(), rules), batches())
+    assert model[0].input_quantizer.amax == 6
+    assert torch.equal(model[0].weight_quantizer.amax, compute_amax(model[0].weight, 0))
 
 
 # Inside the block

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import lq
 from lq.functional.smooth import smooth_factors
@@ -183,14 +184,79 @@ def test_inplace_has_torchs_meaning():
     assert not torch.equal(model[1].weight, before["1.weight"])
 
 
-@pytest.mark.parametrize("excluded", [nn.Linear, "1", "*", "instance"])
+@pytest.mark.parametrize("excluded", [nn.Linear, "1", "[13]", "instance"])
 def test_excluded_modules_are_left(excluded):
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2), nn.Conv1d(3, 2, 1))
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     excluded = model[1] if excluded == "instance" else excluded
-    calibrator = lq.RescalingCalibrator(model, excluded_modules=[excluded])
-    calibrator(outliers(2, 3, 4)) if excluded == "*" else calibrator.model[:2](outliers(2, 3, 4))
-    assert model[1] not in calibrator._calibrators
-    assert all(calibrator._names[m] != "1" for m in calibrator._calibrators)
+    calibrator = lq.RescalingCalibrator(model, excluded_modules=[excluded], args=(outliers(3, 4),))
+    if excluded in (nn.Linear, "[13]"):
+        with pytest.raises(ValueError, match="nothing to rescale"):
+            calibrator.rescale()
+    else:
+        calibrator.rescale()
+        assert actions(calibrator) == {("3",): ("inserted", "")}
+
+
+USES = {
+    "transposed": lambda y: y.mT.sum(),
+    "T": lambda y: y.T.sum(),
+    "data": lambda y: y.data.sum(),
+    "cast": lambda y: y.type(torch.float64).sum().float(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_norm_that_feeds_something_else_too_does_not_fold(use):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.layer(y) + use(y * 1.0) + use(y)
+
+    model, x = Two(), outliers(3, 4)
+    after, calibrator = rescaled(model, x, 0.8)
+    assert actions(calibrator) == {("layer",): ("inserted", "")}
+    torch.testing.assert_close(after(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_computed_or_used_elsewhere_are_left():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(4, 3)
+            self.pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.3)
+
+        def forward(self, x):
+            return F.linear(self.down(self.pruned(x)), self.down.weight.t())
+
+    model, x = Tied(), outliers(3, 4)
+    before = model(x)
+    calibrator = lq.RescalingCalibrator(model, args=(x,), inplace=True)
+    with pytest.raises(ValueError, match="nothing to rescale"):
+        calibrator.rescale()
+    assert torch.equal(model(x), before)
+
+
+def test_an_input_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    after, _ = rescaled(Keyword(), outliers(3, 4))
+    assert after.layer.input_quantizer.pre_quant_scale is not None
+
+
+def test_in_a_quantized_model_layers_with_float_inputs_are_left():
+    model = lq.quantize_(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), [lq.QuantRule("2", lq.QuantDescriptor())])
+    _, calibrator = rescaled(model, outliers(3, 4))
+    assert actions(calibrator) == {("2",): ("inserted", "")}
 
 
 def test_rescaling_twice_composes():

@@ -130,7 +130,7 @@ def test_a_model_without_quantizable_layers_is_refused():
 
 def test_quantizing_twice_is_refused():
     model = quantize_(Net(), [QuantRule("head", FOUR)])
-    with pytest.raises(ValueError, match=r"quantizers already: call `lq\.dequantize_`"):
+    with pytest.raises(ValueError, match=r"quantized layers already: call `lq\.dequantize_`"):
         quantize_(model)
     assert names(model) == ["head.input"]
 

@@ -3,6 +3,6 @@
 from lq.calib.calibrator import Calibrator
 from lq.calib.histogram import HistogramCalibrator
 from lq.calib.max import MaxCalibrator
-from lq.calib.sync import sync_calibrators
+from lq.calib.sync import failing_together, gather, sync_calibrators
 
-__all__ = ["Calibrator", "HistogramCalibrator", "MaxCalibrator", "sync_calibrators"]
+__all__ = ["Calibrator", "HistogramCalibrator", "MaxCalibrator", "failing_together", "gather", "sync_calibrators"]

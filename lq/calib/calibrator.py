@@ -65,6 +65,19 @@ class Calibrator(Metric):
             self.shape = shape
             self.peak = self.peak.expand(torch.Size(shape).numel()).clone()
 
+    def statistics(self) -> dict[str, Any]:
+        """All that was collected, as plain data for :meth:`load_statistics`; nothing if no batch was seen."""
+        states = {name: getattr(self, name).clone() for name in self._defaults}
+        return {} if self.shape is None else {"shape": self.shape, **states}
+
+    def load_statistics(self, statistics: dict[str, Any]) -> None:
+        """Go on from what :meth:`statistics` gave."""
+        self.reset()
+        if statistics:
+            self.adopt(tuple(statistics["shape"]))
+            for name in self._defaults:
+                setattr(self, name, statistics[name].to(self.device))
+
     def align(self, before: dict[str, Any]) -> None:
         """Hook between the reductions of ``max`` and of ``sum`` states over ranks; ``before`` has the states until then."""
 

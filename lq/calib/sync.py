@@ -1,6 +1,7 @@
 """One synchronisation of all statistics of a model over ranks."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,6 +29,30 @@ def _all_reduce(states: list[tuple[Calibrator, str]], dtype: torch.dtype, op: An
         setattr(calibrator, name, part.reshape(value.shape).to(value.dtype))
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank has, in the order of ranks."""
+    values = [value]
+    if _is_distributed():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """If the block raises on this rank, tell the others, who wait for its statistics: they raise too, and none waits for ever."""
+    try:
+        yield
+    except Exception as failure:
+        with suppress(ValueError):
+            sync_calibrators([], f"{type(failure).__name__}: {failure}")
+        raise
+
+
 def sync_calibrators(calibrators: Sequence[Calibrator], error: str | None = None) -> None:
     """Merge the statistics of all ranks into every rank: exactly, and in three collectives whatever the number of calibrators.
 
@@ -40,11 +65,8 @@ def sync_calibrators(calibrators: Sequence[Calibrator], error: str | None = None
     Raises:
         ValueError: a rank reported an error (the message is that of the first one), or ranks saw different shapes.
     """
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    reports: list[Any] = [(error, [c.shape for c in calibrators])]
-    if distributed:
-        reports *= dist.get_world_size()
-        dist.all_gather_object(reports, (error, [c.shape for c in calibrators]))
+    distributed = _is_distributed()
+    reports = gather((error, [c.shape for c in calibrators]))
     for rank, (failure, _) in enumerate(reports):
         if failure is not None:
             raise ValueError(f"Calibration failed on rank {rank}: {failure}" if distributed else failure)

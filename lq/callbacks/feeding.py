@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
@@ -67,12 +69,32 @@ def _described(batch: Any) -> str:
 
 def feed(pl_module: LightningModule, batch: Any) -> None:
     """Run the module's ``forward`` on a batch, or, if it has none of its own, its ``training_step`` with logging muted."""
-    if type(pl_module).forward is not LightningModule.forward:
+    if has_forward(pl_module):
         args, kwargs = forward_arguments(pl_module.forward, batch)
-        pl_module(*args, **kwargs)
+        with _remedied(f"{_described(batch)} failed in `forward`"):
+            pl_module(*args, **kwargs)
         return
-    with muted(pl_module):
-        pl_module.training_step(batch, 0)
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes by hand in `training_step` and has no `forward` to calibrate with. {REMEDY}"
+        )
+    indices = [0] if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else []
+    with muted(pl_module), _remedied(f"{_described(batch)} failed in `training_step`"):
+        pl_module.training_step(batch, *indices)
+
+
+def has_forward(pl_module: LightningModule) -> bool:
+    """Whether the module has a ``forward`` of its own."""
+    return type(pl_module).forward is not LightningModule.forward
+
+
+@contextmanager
+def _remedied(what: str) -> Iterator[None]:
+    """Say what to do about errors that come of a batch in a form that the model does not expect."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise MisconfigurationException(f"{what}: {type(error).__name__}: {error}. {REMEDY}") from error
 
 
 @contextmanager
@@ -97,11 +119,9 @@ def muted(pl_module: LightningModule) -> Iterator[None]:
 def untouched_data(loaders: Any) -> Iterator[Any]:
     """Loaders to take a few batches from; afterwards the order of the data and all random numbers are as if none was taken."""
     found = [loader for loader in tree_leaves(loaders) if isinstance(loader, DataLoader)]
-    sources = [s for loader in found for s in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))]
-    generators = {id(g): g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)}
-    states = [(g, g.get_state()) for g in generators.values()]
+    states = [(g, g.get_state()) for loader in found for g in _generators(loader)]
     # a copy has workers of its own, so that persistent ones are not started, and advanced, before training
-    copies = tree_map(lambda loader: copy.copy(loader) if isinstance(loader, DataLoader) else loader, loaders)
+    copies = tree_map(lambda loader: _copy(loader) if isinstance(loader, DataLoader) else loader, loaders)
     with isolate_rng():
         try:
             yield copies
@@ -110,12 +130,27 @@ def untouched_data(loaders: Any) -> Iterator[Any]:
                 generator.set_state(state)
 
 
+def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same data whose samplers are copies: they may keep random numbers of their own."""
+    twin = copy.copy(loader)
+    memo = {id(loader.dataset): loader.dataset, **{id(g): g for g in _generators(loader)}}
+    for name in ("sampler", "batch_sampler"):
+        if name in vars(loader):
+            vars(twin)[name] = copy.deepcopy(vars(loader)[name], memo)
+    return twin
+
+
+def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    sources = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return [g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)]
+
+
 def train_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any, limit: int) -> Iterator[Any]:
     """The first batches of the train loaders, on the module's device and as its training step would get them."""
-    combined = CombinedLoader(loaders, "min_size")
-    for index, (batch, _, _) in enumerate(iter(combined)):
-        if index == min(limit, trainer.num_training_batches):
-            break
+    # the fit's own way to combine several loaders
+    mode: Any = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
+    batches = iter(CombinedLoader(loaders, mode))
+    for batch, _, _ in itertools.islice(batches, int(min(limit, trainer.num_training_batches))):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

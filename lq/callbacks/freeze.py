@@ -5,16 +5,22 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lq.calibration import check_options, load_calib_amax_, merge_statistics_, observe_
+from lq.calibration import check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
+from lq.callbacks.steps import total_steps
+from lq.nn import TensorQuantizer
 from lq.schedule import is_observing, is_refresh, to_steps
-from lq.surgery import freeze_, unfreeze_
+from lq.surgery import freeze_, named_quantizers
+
+# Where a checkpoint has the statistics of an observation that is not over.
+STATISTICS = "lq_statistics"
 
 
 class ScaleFreeze(Callback):
     """Keeps every amax bit-identical between refreshes, and from the freeze point to the end.
 
     A refresh takes the statistics of the steps before it, on all ranks, and blends the amax they give into the present one; amax
-    of weights follows the weights at the same moments. All is a function of the optimizer step, so resuming keeps the clock.
+    of weights follows the weights at the same moments. All is a function of the optimizer step, and a checkpoint has the
+    statistics of an observation that is not over (under DDP those of rank 0), so resuming keeps the clock.
 
     Args:
         refresh_every: steps between refreshes, or as a float a share of all steps; ``None`` or 0 never refreshes.
@@ -49,35 +55,69 @@ class ScaleFreeze(Callback):
         self.method, self.method_options = method, method_options or {}
         self._every: int | None = None
         self._freeze: int | None = None
-        self._observing = False
+        # whether statistics for the next refresh are at hand, and what a checkpoint had of them
+        self._observed = False
+        self._restored: dict[str, dict[str, Any]] = {}
+        self._frozen: set[TensorQuantizer] = set()
         self._batchnorms: set[nn.Module] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
+        total = total_steps(trainer)
         self._every = to_steps(self.refresh_every, total, "refresh_every")
         self._freeze = to_steps(self.freeze_after, total, "freeze_after")
-        self._observing = False
-        unfreeze_(pl_module)
+        self._observed = bool(self._restored)
+        if self._restored:
+            stop_observing_(observe_(pl_module, self.method))
+            for name, quantizer in named_quantizers(pl_module):
+                quantizer.calibrator.load_statistics(self._restored.get(name, {}))
+            self._restored = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if self._observing and is_refresh(step, self._every):
-            load_calib_amax_(merge_statistics_(pl_module), self.method, momentum=self.momentum, **self.method_options)
-            self._observing = False
         if self._freeze is not None and step >= self._freeze:
-            freeze_(pl_module)
-            self._freeze_batchnorm(pl_module)
-        elif not self._observing and is_observing(step, self._every, self.observe, self._freeze):
-            observe_(pl_module, self.method)
-            self._observing = True
+            self._freeze_all(pl_module)
+        elif is_observing(step, self._every, self.observe, self._freeze):
+            # only between the start and the end of a train batch, so that no validation data gets in
+            observe_(pl_module, self.method, keep=self._observed)
+            self._observed = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stop_observing_(pl_module)
+        # before a checkpoint of this step is written, because ModelCheckpoint comes last
+        if self._observed and is_refresh(trainer.global_step, self._every):
+            merge_statistics_(pl_module)
+            # a layer that the model did not call lately keeps its amax
+            load_calib_amax_(pl_module, self.method, momentum=self.momentum, strict=False, **self.method_options)
+            self._observed = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        while self._batchnorms:
-            self._batchnorms.pop().training = True
+        self._let_go(pl_module)
 
-    def _freeze_batchnorm(self, pl_module: LightningModule) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._observed:
+            checkpoint[STATISTICS] = {name: q.calibrator.statistics() for name, q in named_quantizers(pl_module)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(STATISTICS, {})
+
+    def _freeze_all(self, pl_module: LightningModule) -> None:
+        self._frozen |= {quantizer for _, quantizer in named_quantizers(pl_module) if not quantizer.frozen}
+        freeze_(pl_module)
         # every batch, because whoever puts the module into train mode takes its BatchNorms along
         for module in pl_module.modules() if self.batchnorm else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 module.training = False
                 self._batchnorms.add(module)
+
+    def _let_go(self, pl_module: LightningModule) -> None:
+        """The fit is over: what this callback held still may move again."""
+        if self._observed:
+            stop_observing_(pl_module)
+            self._observed = False
+        while self._frozen:
+            self._frozen.pop().frozen = False
+        while self._batchnorms:
+            self._batchnorms.pop().training = True

@@ -28,15 +28,20 @@ class QuantMonitor(Callback):
         self.every_n_steps = every_n_steps
         self._stack = ExitStack()
         self._stats: dict[str, QuantizerStats] | None = None
+        self._logged: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._logged = None
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 log_histograms(logger, pl_module, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.loggers and every and trainer.global_step % every == 0 and self._stats is None:
+        step = trainer.global_step
+        # a step of several batches (gradient accumulation) is logged once
+        if trainer.loggers and every and step % every == 0 and step != self._logged and trainer.is_global_zero:
+            self._logged = step
             self._stats = self._stack.enter_context(measuring(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -45,11 +45,15 @@ class QuantizationAwareTraining(Callback):
         freeze: ScaleFreeze | None = None,
         monitor: QuantMonitor | None = None,
     ) -> None:
+        if quantize is not None and (rules, method, alpha) != ("int8", "mse", 0.5):
+            raise ValueError("`quantize` is given, and `rules`, `method` or `alpha` too: set them in `quantize`.")
+        if schedule is not None and lr != 0.01:
+            raise ValueError("`schedule` is given, and `lr` too: set it in `schedule`.")
         self.quantize = quantize or Quantize(rules, method=method, alpha=alpha)
         self.parts: list[Callback] = [
             self.quantize,
             schedule or QATSchedule(lr),
-            freeze or ScaleFreeze(method=method),
+            freeze or ScaleFreeze(method=self.quantize.method, method_options=self.quantize.method_options),
             monitor or QuantMonitor(),
         ]
         if export is not None:
@@ -92,9 +96,31 @@ class QuantizationAwareTraining(Callback):
         for part in self.parts:
             part.on_exception(trainer, pl_module, exception)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for part in self.parts:
+            part.on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for part in self.parts:
+            part.on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for part in self.parts:
+            part.on_validation_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for part in self.parts:
+            part.on_test_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for part in self.parts:
+            part.on_predict_start(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         return {part.state_key: part.state_dict() for part in self.parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part in self.parts:
-            part.load_state_dict(state_dict[part.state_key])
+            # parts may have changed since: what belongs to another is left
+            if part.state_key in state_dict:
+                part.load_state_dict(state_dict[part.state_key])

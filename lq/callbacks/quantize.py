@@ -6,15 +6,17 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
+from lq.calib import failing_together
 from lq.calibration import calibrating, check_options
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
 from lq.descriptor import Rules
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
-from lq.surgery import is_quantized, named_quantizers, quantize_
+from lq.surgery import has_quantized_layers, named_quantizers, quantize_
 
 
 class Quantize(Callback):
@@ -71,33 +73,63 @@ class Quantize(Callback):
         feed(pl_module, batch)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not is_quantized(pl_module):
+        if not has_quantized_layers(pl_module):
             quantize_(pl_module, self.rules)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if all(quantizer.amax is not None for _, quantizer in named_quantizers(pl_module)):
+        pending = [quantizer for _, quantizer in named_quantizers(pl_module) if quantizer.amax is None]
+        if not pending:
             return
+        try:
+            self._prepare(trainer, pl_module)
+        except BaseException:
+            # half of it is nothing: the next fit does it all
+            for quantizer in pending:
+                quantizer.amax = None
+            raise
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Float, calibrated, rescaled: with a look at each, if there is a validation."""
         self._validate(trainer, pl_module, "float")
-        if self.alpha is None or self.validate_stages:
+        if self.alpha is None:
             self._calibrate(trainer, pl_module)
             self._validate(trainer, pl_module, "calibrated")
-        if self.alpha is not None:
-            self._rescale(trainer, pl_module, self.alpha)
+            return
+        calibrator = RescalingCalibrator(pl_module, excluded_modules=self.excluded_modules, inplace=True)
+        with failing_together():
+            self._run_batches(trainer, pl_module, "Collecting channel ranges", calibrator.collecting)
+        if self.validate_stages and trainer.enable_validation:
             self._calibrate(trainer, pl_module)
-            self._validate(trainer, pl_module, "rescaled")
+            self._validate(trainer, pl_module, "calibrated")
+        calibrator.rescale(self.alpha)
+        self.rescaled = calibrator.groups
+        self._calibrate(trainer, pl_module)
+        self._validate(trainer, pl_module, "rescaled")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validate(trainer, pl_module, "qat")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._warn_if_float(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_if_float(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_if_float(pl_module)
+
+    def _warn_if_float(self, pl_module: LightningModule) -> None:
+        missing = [name for name, quantizer in named_quantizers(pl_module) if quantizer.amax is None]
+        if missing:
+            rank_zero_warn(
+                f"{len(missing)} quantizers have no amax and compute in float, `{missing[0]}` first: fit with Quantize "
+                "before, or give the `ckpt_path` of such a fit."
+            )
+
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with calibrating(pl_module, self.method, **self.method_options):
             self._run_batches(trainer, pl_module, "Calibrating")
-
-    def _rescale(self, trainer: Trainer, pl_module: LightningModule, alpha: float) -> None:
-        calibrator = RescalingCalibrator(pl_module, excluded_modules=self.excluded_modules, inplace=True)
-        self._run_batches(trainer, pl_module, "Collecting channel ranges", calibrator.collecting)
-        calibrator.rescale(alpha)
-        self.rescaled = calibrator.groups
 
     def _run_batches(
         self,

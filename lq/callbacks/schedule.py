@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lq.callbacks.steps import total_steps
 from lq.schedule import cosine_factor, to_steps
 
 
@@ -34,7 +35,9 @@ class QATSchedule(Callback):
             raise ValueError(f"`lr` is {lr}: it must be a positive share of the original rate, or None.")
         if not 0 <= final <= 1:
             raise ValueError(f"`final` is {final}: it must lie in [0, 1].")
+        to_steps(warmup, 1, "warmup")
         self.lr, self.final, self.warmup = lr, final, warmup
+        self._total = 0
         self._initial: list[list[float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -47,8 +50,13 @@ class QATSchedule(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.lr is None:
             return
-        if math.isinf(trainer.estimated_stepping_batches):
-            raise MisconfigurationException("A cosine needs an end: set `max_epochs` or `max_steps`, or `QATSchedule(lr=None)`.")
+        total = total_steps(trainer)
+        if math.isinf(total):
+            raise MisconfigurationException(
+                "A cosine needs an end, and the fit has none: set `max_epochs` (`max_steps`, if the train loader has no length), "
+                "or `QATSchedule(lr=None)`."
+            )
+        self._total = int(total)
         # optimizer states are not restored yet, so these are the rates of `configure_optimizers` on resume too
         self._initial = [[g.get("initial_lr", g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
         if trainer.lr_scheduler_configs:
@@ -58,9 +66,10 @@ class QATSchedule(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.lr is None:
             return
-        total = int(trainer.estimated_stepping_batches)
-        warmup = to_steps(self.warmup, total, "warmup") or 0
-        factor = self.lr * cosine_factor(trainer.global_step, total, final=self.final, warmup=warmup)
+        warmup = to_steps(self.warmup, self._total, "warmup") or 0
+        factor = self.lr * cosine_factor(trainer.global_step, self._total, final=self.final, warmup=warmup)
         for optimizer, rates in zip(trainer.optimizers, self._initial, strict=True):
+            # groups that came later (layers that a fine-tuning callback unfroze) start from the rate they came with
+            rates += [group["lr"] for group in optimizer.param_groups[len(rates) :]]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor

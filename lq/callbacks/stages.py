@@ -13,18 +13,21 @@ def validate_stage(trainer: Trainer) -> dict[str, float]:
     """
     if not trainer.enable_validation:
         return {}
-    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
     stage, limit = trainer.state.stage, trainer.num_sanity_val_steps
+    kept = {name: getattr(connector, name) for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")}
     trainer.sanity_checking, trainer.num_sanity_val_steps = True, float("inf")
     try:
-        trainer._logger_connector.reset_results()
-        trainer._logger_connector.reset_metrics()
+        connector.reset_results()
+        connector.reset_metrics()
         with isolate_rng():
             loop.run()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        trainer._logger_connector.reset_results()
-        trainer._logger_connector.reset_metrics()
+        connector.reset_results()
+        connector.reset_metrics()
         _reset_progress(loop)
     finally:
         trainer.state.stage, trainer.num_sanity_val_steps = stage, limit
+        # what the fit has logged so far is still there for those who read `trainer.callback_metrics`
+        vars(connector).update(kept)
     return metrics

@@ -57,7 +57,7 @@ def rows_amax(rows: Tensor) -> Tensor:
         return rows.new_zeros(rows.shape[0], dtype=dtype)
     # aminmax over a whole tensor is vectorised on CPU, over a dimension of length one it is not
     low, high = torch.aminmax(rows) if rows.shape[0] == 1 else torch.aminmax(rows, dim=1)
-    return torch.maximum(-low, high).reshape(-1).to(dtype)
+    return torch.maximum(low.abs(), high.abs()).reshape(-1).to(dtype)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import copy
+import random
 
 import pytest
 import torch
@@ -7,11 +8,11 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchmetrics import MeanMetric
 
 import lq
-from lq.callbacks import QuantizationAwareTraining, Quantize
+from lq.callbacks import OnnxExport, QuantizationAwareTraining, Quantize, ScaleFreeze
 from lq.callbacks.feeding import forward_arguments
 from tiny import DictBatches, NoForward, TensorBatches, Tiny, dataset, loader, trainer
 
@@ -104,18 +105,24 @@ def test_a_module_without_forward_logs_nothing_in_calibration_and_keeps_its_metr
     trainer(tmp_path, Quantize(), Look(), max_epochs=1).fit(Metered(), loader())
 
 
-def test_resume_is_bit_identical_without_randomness(tmp_path):
+@pytest.mark.parametrize(
+    ("batch_size", "epochs", "last"), [(32, 16, 2), (32, 16, 3), (32, 16, 6), (32, 16, 12), (4, 2, 0), (4, 10, 0)]
+)
+def test_resume_is_bit_identical(tmp_path, batch_size, epochs, last):
+    """After epochs inside of an observation (a refresh every 4 steps), at its end, and after the freeze."""
+
     def fit(folder, ckpt_path=None):
         seed_everything(3, verbose=False)
         model = Tiny()
-        model.net[3].p = 0.0
+        model.net[3].p = 0.0  # dropout would draw other numbers
         keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        t = trainer(folder, QuantizationAwareTraining(), keep, max_epochs=4, enable_checkpointing=True)
-        t.fit(model, loader(), loader(), ckpt_path=ckpt_path)
+        qat = QuantizationAwareTraining(lr=None, freeze=ScaleFreeze(4, observe=3, freeze_after=0.75))
+        fit = trainer(folder, qat, keep, max_epochs=epochs, enable_checkpointing=True)
+        fit.fit(model, loader(batch_size=batch_size), loader(), ckpt_path=ckpt_path)
         return model
 
     whole = fit(tmp_path / "a")
-    resumed = fit(tmp_path / "b", tmp_path / "a" / "epoch=1.ckpt")
+    resumed = fit(tmp_path / "b", tmp_path / "a" / f"epoch={last}.ckpt")
     torch.testing.assert_close(whole.state_dict(), resumed.state_dict(), rtol=0, atol=0)
 
 
@@ -227,14 +234,12 @@ def test_layers_that_see_no_data_are_named(tmp_path):
 
 
 def test_no_batch_at_all_is_refused(tmp_path):
-    class Nothing(Quantize):
-        def on_train_start(self, trainer, pl_module):
-            trainer.fit_loop._combined_loader.limits = None
-            trainer.fit_loop.max_batches = 0
-            super().on_train_start(trainer, pl_module)
+    class Nothing(IterableDataset):
+        def __iter__(self):
+            return iter(())
 
     with pytest.raises(MisconfigurationException, match="no batch"):
-        trainer(tmp_path, Nothing(stages=False, alpha=None)).fit(Tiny(), loader())
+        trainer(tmp_path, Quantize(stages=False, alpha=None), max_steps=2).fit(Tiny(), DataLoader(Nothing(), 4))
 
 
 def test_batches_stop_at_the_trainers_limit(tmp_path):
@@ -247,3 +252,100 @@ def test_batches_stop_at_the_trainers_limit(tmp_path):
 
     trainer(tmp_path, Counting(batches=8, alpha=None), limit_train_batches=2).fit(Tiny(), loader())
     assert len(seen) == 2
+
+
+# In a running team's Trainer
+
+
+def test_what_the_fit_has_logged_is_still_there(tmp_path):
+    plain, quantized = trainer(tmp_path), trainer(tmp_path, Quantize())
+    plain.fit(Tiny(), loader(), loader())
+    quantized.fit(Tiny(), loader(), loader())
+    assert quantized.callback_metrics.keys() == plain.callback_metrics.keys() == {"train_loss", "val_loss", "val_acc"}
+
+
+def test_layers_that_stay_in_float_are_not_rescaled_and_the_checkpoint_loads(tmp_path):
+    rules = [lq.QuantRule("*", lq.QuantDescriptor(), lq.QuantDescriptor(axis=0)), lq.QuantRule("net.0")]
+    model, quantize = Tiny(), Quantize(rules, stages=False)
+    fit = trainer(tmp_path, quantize)
+    fit.fit(model, loader())
+    assert type(model.net[0]) is nn.Linear
+    assert [group.consumers for group in quantize.rescaled] == [("net.4",)]
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(tmp_path, Quantize(rules)).test(Tiny(), loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+
+def test_looking_at_the_stages_changes_nothing(tmp_path):
+    found = []
+    for stages in (False, True):
+        seed_everything(0, verbose=False)
+        model = Tiny()
+        options = {"method": "percentile", "method_options": {"percentile": 95.0}}
+        trainer(tmp_path, Quantize("w4a8", stages=stages, **options), max_epochs=1).fit(model, loader(), loader())
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_checkpoint_loads_with_other_parts(tmp_path):
+    fit = trainer(tmp_path, QuantizationAwareTraining())
+    fit.fit(Tiny(), loader())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    other = QuantizationAwareTraining(export=tmp_path / "model.onnx")
+    trainer(tmp_path, other).test(Tiny(), loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert any(isinstance(part, OnnxExport) for part in other.parts)
+
+
+def test_a_sampler_with_random_numbers_of_its_own_keeps_its_order(tmp_path):
+    class Own(Sampler):
+        def __init__(self):
+            self.random = random.Random(4)
+
+        def __len__(self):
+            return 32
+
+        def __iter__(self):
+            return iter(self.random.sample(range(32), 32))
+
+    seen = []
+    for callbacks in ([], [Quantize()]):
+        model = Tiny()
+        trainer(tmp_path, *callbacks, max_epochs=1).fit(model, DataLoader(dataset(), 4, sampler=Own()))
+        seen.append(torch.cat(model.trained_on))
+    assert torch.equal(*seen)
+
+
+def test_a_training_step_without_batch_index_and_several_loaders(tmp_path):
+    class Plain(NoForward):
+        def training_step(self, batch):
+            return super().training_step(batch["a"], 0)
+
+    trainer(tmp_path, Quantize(), max_epochs=1).fit(Plain(), {"a": loader(), "b": loader()})
+    with pytest.raises(MisconfigurationException, match="calibration_step"):
+        trainer(tmp_path, Quantize()).fit(Tiny(), [loader(), loader()])
+
+
+def test_an_uncalibrated_model_is_not_taken_for_int8(tmp_path):
+    with pytest.warns(UserWarning, match=r"4 quantizers have no amax.*net\.0\.input"):
+        trainer(tmp_path, Quantize()).test(Tiny(), loader(), verbose=False)
+
+
+def test_after_a_crash_in_calibration_the_next_fit_does_it_all(tmp_path):
+    class Crashing(Quantize):
+        def _validate(self, trainer, pl_module, stage):
+            if stage == "calibrated":
+                raise KeyboardInterrupt
+
+    model, quantize = Tiny(), Quantize()
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, Crashing()).fit(model, loader(), loader())
+    assert all(q.amax is None for _, q in lq.named_quantizers(model))
+    trainer(tmp_path, quantize).fit(model, loader(), loader())
+    assert quantize.rescaled
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantize": Quantize(), "method": "max"}, {"schedule": lq.callbacks.QATSchedule(), "lr": 0.1}]
+)
+def test_an_argument_that_a_given_part_would_hide_is_refused(options):
+    with pytest.raises(ValueError, match="is given"):
+        QuantizationAwareTraining(**options)

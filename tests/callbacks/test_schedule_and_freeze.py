@@ -9,18 +9,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lq
 from lq.callbacks import QATSchedule, Quantize, ScaleFreeze
 from lq.schedule import cosine_factor, is_observing, is_refresh, to_steps
-from tiny import Tiny, loader, trainer
+from tiny import Tiny, dataset, loader, trainer
 
 
 class Record(Callback):
     """Learning rate, amax, and BatchNorm statistics that each optimizer step used."""
 
     def __init__(self):
-        self.lr, self.amax, self.mean = {}, {}, {}
+        self.lr, self.amax, self.mean, self.frozen = {}, {}, {}, set()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         step = trainer.global_step
@@ -28,6 +30,8 @@ class Record(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         step = trainer.global_step
+        if all(q.frozen for _, q in lq.named_quantizers(pl_module)):
+            self.frozen.add(step)
         self.lr[step] = optimizer.param_groups[0]["lr"]
         self.amax[step] = {name: q.amax.clone() for name, q in lq.named_quantizers(pl_module)}
 
@@ -124,7 +128,8 @@ def freeze_run(tmp_path, *, epochs=2, **options):
 def test_amax_stands_still_between_refreshes_and_after_the_freeze(tmp_path):
     record, model = freeze_run(tmp_path, refresh_every=3, observe=2, freeze_after=8)
     assert record.changes() == [3, 6]
-    assert all(q.frozen for _, q in lq.named_quantizers(model))
+    assert record.frozen == set(range(8, 16))
+    assert not any(q.frozen or q._if_calib for _, q in lq.named_quantizers(model))
 
 
 def test_without_refreshes_amax_never_changes(tmp_path):
@@ -210,3 +215,67 @@ def test_pure_functions_of_the_step():
     assert to_steps(0.25, 10, "x") == 2
     with pytest.raises(ValueError, match="unknown number"):
         to_steps(0.5, float("inf"), "x")
+
+
+def test_validation_data_does_not_get_into_a_refresh(tmp_path):
+    record, huge = Record(), dataset()
+    huge.tensors[0].mul_(1000)
+    callbacks = [
+        Quantize(method="max", alpha=None, stages=False),
+        ScaleFreeze(8, method="max", momentum=0.0, freeze_after=None),
+        record,
+    ]
+    trainer(tmp_path, *callbacks, max_epochs=2).fit(Tiny(), loader(shuffle=True), DataLoader(huge, 4))
+    assert record.changes() == [8]
+    assert record.amax[8]["net.0.input"] <= dataset().tensors[0].abs().max()
+
+
+def test_a_layer_that_is_not_called_lately_keeps_its_amax(tmp_path):
+    class Dropping(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.net(x)
+            return y if self.training else self.extra(y)
+
+    record = Record()
+    callbacks = [Quantize(method="max", alpha=None, stages=False), ScaleFreeze(3, method="max", freeze_after=None), record]
+    trainer(tmp_path, *callbacks, max_epochs=1).fit(Dropping(), loader(shuffle=True))
+    assert record.changes() == [3, 6]
+    assert torch.equal(record.amax[0]["extra.input"], record.amax[7]["extra.input"])
+
+
+@pytest.mark.parametrize("callback", [QATSchedule(), ScaleFreeze()])
+def test_shares_of_a_fit_of_unknown_length_are_refused(tmp_path, callback):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(dataset())
+
+    with pytest.raises((MisconfigurationException, ValueError), match="max_steps"):
+        trainer(tmp_path, Quantize(stages=False), callback).fit(Tiny(), DataLoader(Endless(), 4))
+
+
+def test_after_an_exception_nothing_is_held_still(tmp_path):
+    class Failing(Tiny):
+        def on_train_batch_end(self, *args):
+            if self.trainer.global_step == 5:
+                raise KeyError("boom")
+
+    model = Failing()
+    callbacks = [Quantize(method="max", stages=False), ScaleFreeze(None, freeze_after=2, method="max")]
+    with pytest.raises(KeyError, match="boom"):
+        trainer(tmp_path, *callbacks).fit(model, loader())
+    assert model.net[1].training
+    assert not any(q.frozen or q._if_calib for _, q in lq.named_quantizers(model))
+
+
+def test_what_the_user_froze_stays_frozen(tmp_path):
+    model = Tiny()
+    trainer(tmp_path, Quantize(method="max"), max_epochs=1).fit(model, loader())
+    lq.freeze_(model)
+    record = Record()
+    trainer(tmp_path, Quantize(), ScaleFreeze(3, method="max"), record, max_epochs=1).fit(model, loader())
+    assert record.changes() == []
+    assert all(q.frozen for _, q in lq.named_quantizers(model))

@@ -1,0 +1,12 @@
+"""How long a fit is."""
+
+import math
+
+from lightning.pytorch import Trainer
+
+
+def total_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the fit; infinite if it has no end, or its train loader no length and ``max_steps`` is not set."""
+    steps = float(trainer.estimated_stepping_batches)
+    # Lightning hands on `max_steps=-1` where the loader has no length
+    return steps if steps >= 0 else math.inf
