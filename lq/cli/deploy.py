@@ -56,7 +56,7 @@ def deploy(
         batches = list(inputs(model, data))
         example = tuple(t[: cfg.export.latency_batch] for t in batches[0])
         for name, module in models.items():
-            to_onnx(module.cpu(), example, paths[name], opset=cfg.export.opset)
+            to_onnx(module.cpu(), example, paths[name], opset=cfg.export.opset, runtime=cfg.export.runtime)
         verification = verify(model, paths[cfg.quant.name], batches)
         latency = compare_latency({name: OnnxModel(path) for name, path in paths.items()}, example)
     trainer.strategy.barrier()

@@ -16,6 +16,7 @@ from onnxscript import optimizer
 from torch import Tensor
 
 from lq.export.check import INT8, fits_int8
+from lq.export.relu import relu_between_codes_
 from lq.export.translate import ATTRIBUTES, DOMAIN
 from lq.functional.amax import integer_bounds, scale_from_amax
 from lq.functional.fake_quant import tensor_quant
@@ -23,8 +24,12 @@ from lq.functional.fake_quant import tensor_quant
 Grid = tuple[int, bool, bool]
 
 
-def lower_fake_quant_(model: ir.Model) -> None:
+def lower_fake_quant_(model: ir.Model, runtime: str) -> None:
     """Write Q/DQ for every FakeQuant, in place; drop what that makes superfluous, and name nodes after their modules.
+
+    Args:
+        model: what ``torch.onnx`` made with :func:`lq.export.translate.translation_table`.
+        runtime: ``"onnxruntime"`` has each Relu moved to where ONNX Runtime stays in int8.
 
     Raises:
         ValueError: a node that Q/DQ cannot express: codes beyond int8, amax along several axes, amax that is computed while the
@@ -34,6 +39,8 @@ def lower_fake_quant_(model: ir.Model) -> None:
     lowering = _Lowering(model.graph)
     for node in [n for n in model.graph.all_nodes() if n.domain == DOMAIN]:
         lowering.lower(node)
+    if runtime == "onnxruntime":
+        relu_between_codes_(model.graph)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     _name_nodes_(model.graph)

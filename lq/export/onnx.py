@@ -21,6 +21,8 @@ from lq.export.scales import raise_dead_scales_
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+RUNTIMES = ("tensorrt", "onnxruntime")
+
 # A protobuf message ends at 2 GiB; what is left is for the graph itself.
 MAX_IN_ONE_FILE = 2**31 - 2**27
 
@@ -33,6 +35,7 @@ def to_onnx(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = "batch",
     opset: int | None = None,
+    runtime: str = "tensorrt",
 ) -> Path:
     """Write ``model`` as ONNX: inputs pass QuantizeLinear and DequantizeLinear, weights are int8 behind a DequantizeLinear.
 
@@ -52,6 +55,8 @@ def to_onnx(
         dynamic_shapes: ``"batch"``: axis 0 is free in every tensor that has the size of the first one there; ``None``: all
             shapes as given; else as :func:`torch.export.export` takes it.
         opset: version of the ONNX operators; ``None`` is what ``torch.onnx`` prefers.
+        runtime: ``"tensorrt"``; or ``"onnxruntime"``, where a Relu between a layer and a quantizer is laid out so that ONNX
+            Runtime uses its int8 kernels on the CPU (:mod:`lq.export.relu`). Both graphs compute the same codes, anywhere.
 
     Returns:
         ``path``. It is written whole or, on any error, not at all.
@@ -60,11 +65,14 @@ def to_onnx(
         ImportError: the extra ``export`` is not installed.
         FileNotFoundError, IsADirectoryError, PermissionError: ``path`` cannot be written, found out before the export.
         ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics,
-            ``fake_quant=False``, more than 8 bits (7 if unsigned), several axes, not float32; or an unknown ``dynamic_shapes``.
+            ``fake_quant=False``, more than 8 bits (7 if unsigned), several axes, not float32; or an unknown ``dynamic_shapes``
+            or ``runtime``.
     """
     require("onnx", "onnxscript", "onnx_ir")
     from lq.export.lower import lower_fake_quant_
 
+    if runtime not in RUNTIMES:
+        raise ValueError(f"`runtime` is {runtime!r}: choose one of {', '.join(RUNTIMES)}.")
     path = Path(path)
     check_exportable(model)
     args, keywords = on_device_of(model, (as_args(args), dict(kwargs or {})))
@@ -76,7 +84,7 @@ def to_onnx(
         dynamic_shapes = batch_shapes(model, args, keywords)
     with staged(path) as file:
         program = _export(model, args, keywords, dynamic_shapes, opset)
-        lower_fake_quant_(program.model)
+        lower_fake_quant_(program.model, runtime)
         _save(program.model, file)
     return path
 

@@ -57,13 +57,15 @@ class Graph:
     def feeding(self, node: onnx.NodeProto, index: int) -> onnx.NodeProto | None:
         return self.producer.get(node.input[index])
 
-    def run(self, *tensors: Tensor, optimize: bool = False) -> list[np.ndarray]:
-        """ONNX Runtime on the graph as it stands in the file, or as ONNX Runtime rewrites it."""
+    def run(self, *tensors: Tensor, optimize: bool = False, rewritten: Path | None = None) -> list[np.ndarray]:
+        """ONNX Runtime on the graph as it stands in the file, or as ONNX Runtime rewrites it (and writes to ``rewritten``)."""
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        if rewritten is not None:
+            options.optimized_model_filepath = str(rewritten)
         session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         names = [i.name for i in session.get_inputs()]
         return session.run(None, dict(zip(names, (t.numpy() for t in tensors), strict=True)))

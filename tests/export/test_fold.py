@@ -121,7 +121,7 @@ UNFOLDED = {
     "something between": (Between, (4, 4, 9)),
     "transposed": (lambda: pair(nn.ConvTranspose1d(4, 4, 3), nn.BatchNorm1d(4)), (4, 4, 9)),
     "no running statistics": (lambda: pair(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)), (4, 4)),
-    "another norm": (lambda: pair(nn.Conv1d(4, 4, 3), NormAct(4)), (4, 4, 9)),
+    "another norm": (lambda: pair(nn.Conv1d(4, 4, 3), nn.Sequential(NormAct(4), nn.BatchNorm1d(4))), (4, 4, 9)),
     # as many steps as features, so that sizes alone would not tell: BatchNorm works on the steps
     "linear on three axes": (lambda: pair(nn.Linear(4, 5), nn.BatchNorm1d(5)), (4, 5, 4)),
 }

@@ -115,6 +115,11 @@ def test_dynamic_shapes(tmp_path, no_export):
         to_onnx(model(), X, tmp_path / "model.onnx", dynamic_shapes="auto")
 
 
+def test_runtime(tmp_path, no_export):
+    with pytest.raises(ValueError, match="`runtime` is 'tvm': choose one of tensorrt, onnxruntime"):
+        to_onnx(model(), X, tmp_path / "model.onnx", runtime="tvm")
+
+
 class FixedBatch(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.reshape(4, 3))

@@ -6,6 +6,7 @@ import sys
 
 import lightning
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -456,6 +457,40 @@ def test_bias_of_a_dead_channel_survives_onnx_runtime(tmp_path):
     others = [i for i in range(8) if i not in dead]
     reference = codes(model[0].weight, model[0].weight_quantizer.amax)
     np.testing.assert_array_equal(graph.constants["0.weight_quantized"][others], reference[others])
+
+
+class Relus(nn.Module):
+    """Where a Relu may move behind the codes (a, c), and where it may not: its values are used otherwise (b), or are returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.d, self.e, self.f = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        before = self.d(torch.relu(self.c(x.amax((2, 3)) + x.mean((2, 3)))))
+        after = torch.relu(self.e(torch.relu(before)))
+        return self.f(after), before, after
+
+
+def test_layout_for_onnx_runtime_computes_the_same_in_int8(tmp_path):
+    (tmp_path / "plain").mkdir()
+    x = torch.randn(4, 3, 8, 8)
+    model = calibrated(Relus(), x)
+    plain = export(model, x, tmp_path / "plain")
+    graph = export(model, x, tmp_path, runtime="onnxruntime")
+    for e, a in zip(plain.run(x), graph.run(x), strict=True):
+        np.testing.assert_array_equal(a, e)
+    assert [len(plain.of(op)) for op in ("Relu", "LeakyRelu")] == [5, 0]
+    assert [len(graph.of(op)) for op in ("Relu", "LeakyRelu")] == [3, 2]
+
+    def kernels(g):
+        g.run(x, optimize=True, rewritten=tmp_path / "rewritten")
+        return [node.op_type for node in onnx.load(str(tmp_path / "rewritten")).graph.node]
+
+    assert "QLinearConv" not in kernels(plain)
+    assert {"QLinearConv", "QLinearLeakyRelu", "QGemm"} <= set(kernels(graph))
 
 
 def test_importing_lq_imports_no_optional_package():
