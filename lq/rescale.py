@@ -113,6 +113,11 @@ class RescalingCalibrator:
         if args or kwargs:
             self(*args, **(kwargs or {}))
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers whose inputs are looked at."""
+        return [self._names[module] for module in self._calibrators]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, in evaluation mode and without gradients, and collect; returns its output."""
         with self.collecting():

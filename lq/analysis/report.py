@@ -31,8 +31,15 @@ __all__ = [
 CAPTIONS = {
     "accuracy": "What each stage changes against the float model.",
     "sqnr": "Signal to quantization noise of each layer's input and weight.",
-    "histograms": "Magnitudes that the quantizers saw in calibration, and the amax that was chosen.",
+    "histograms": "Magnitudes that the quantizers saw in calibration, and the amax that was chosen of them then.",
     "amax": "amax of each input over the steps of the fit.",
+}
+# what a table's words mean
+EXPLAINED = {
+    "Quantizers": "amax is what the graph has, peak the largest magnitude in calibration. Values beyond amax saturate: so do "
+    "weights that moved after the scales were frozen. Saturation and SQNR (signal to quantization noise) are over the validation "
+    "batches. Rescaled inputs are multiplied by SmoothQuant's factor, where no norm before them took it in.",
+    "Notes": "A quantization step at the output is the largest change that one code of the last layer's input makes there.",
 }
 # the figures that stand below a table; the others follow it
 BELOW = {"Stages": ["accuracy"], "Quantizers": ["sqnr", "histograms", "amax"]}
@@ -109,6 +116,8 @@ def markdown_report(report: Report, figures: list[str]) -> str:
     left = list(figures)
     for table in report_tables(report):
         parts += [f"## {table.title}", table.markdown()]
+        if table.title in EXPLAINED:
+            parts.append(EXPLAINED[table.title])
         for name in [n for n in BELOW.get(table.title, []) if n in left]:
             left.remove(name)
             parts.append(_figure(name))

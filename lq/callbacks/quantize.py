@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
+from lq.analysis.records import Histogram, histograms
 from lq.calib import failing_together
 from lq.calibration import calibrating, check_options
 from lq.callbacks.feeding import feed, train_batches, untouched_data
@@ -62,6 +63,7 @@ class Quantize(Callback):
         self.validate_stages = stages
         self.stages: dict[str, dict[str, float]] = {}
         self.rescaled: list[RescaledGroup] = []
+        self.histograms: dict[str, Histogram] = {}
 
     def calibration_step(self, pl_module: LightningModule, batch: Any) -> None:
         """Run the model on a calibration batch. Override it for batches that need more.
@@ -91,11 +93,12 @@ class Quantize(Callback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Float, calibrated, rescaled: with a look at each, if there is a validation."""
         self._validate(trainer, pl_module, "float")
-        if self.alpha is None:
+        calibrator = RescalingCalibrator(pl_module, excluded_modules=self.excluded_modules, inplace=True)
+        # where no input is quantized there is nothing to make easier
+        if self.alpha is None or not calibrator.layers:
             self._calibrate(trainer, pl_module)
             self._validate(trainer, pl_module, "calibrated")
             return
-        calibrator = RescalingCalibrator(pl_module, excluded_modules=self.excluded_modules, inplace=True)
         with failing_together():
             self._run_batches(trainer, pl_module, "Collecting channel ranges", calibrator.collecting)
         if self.validate_stages and trainer.enable_validation:
@@ -130,6 +133,7 @@ class Quantize(Callback):
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with calibrating(pl_module, self.method, **self.method_options):
             self._run_batches(trainer, pl_module, "Calibrating")
+        self.histograms = histograms(pl_module)
 
     def _run_batches(
         self,

@@ -1,18 +1,23 @@
 """Export of a run's models, and the proof that the graph computes what was trained."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.analysis.records import Deployed
 from lq.callbacks.feeding import forward_arguments
 from lq.export import OnnxModel, Verification, compare_latency, to_onnx, verify
+from lq.nn.evaluating import evaluating
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Deployment:
     float: Deployed
     quantized: Deployed
     verification: Verification | None
+    layout: TreeSpec
+    conditions: str
 
     def notes(self) -> dict[str, str]:
         """What the report says about the agreement."""
@@ -31,9 +38,9 @@ class Deployment:
         return {
             "agreement with ONNX Runtime": f"{100 * v.agreement:.2f} % of {v.samples} predictions",
             "largest difference at the output": f"{v.max_abs_diff:.3g} ({v.max_diff_steps:.3g} quantization steps)",
-            "latency": "ONNX Runtime on this CPU, which has no INT8 kernel for a convolution with symmetric scales and ReLU: it "
-            "computes those in float. The graph is laid out for TensorRT.",
-            "disagreements": f"{v.disagreements}, at most {v.worst_disagreement_steps:.3g} steps apart",
+            "disagreements": f"{v.disagreements}"
+            + f", at most {v.worst_disagreement_steps:.3g} steps apart" * (v.disagreements > 0),
+            "latency": self.conditions,
         }
 
 
@@ -48,43 +55,55 @@ def deploy(
     """Write the float and the quantized graph on rank 0, verify and time them; ``None`` with ``export=none``."""
     if cfg.export.format is None:
         return None
-    models = {"float": float_model, cfg.quant.name: model}
+    models = {"float": float_model.cpu(), cfg.quant.name: model.cpu()}
     paths = {name: folder / f"{name}.onnx" for name in models}
     latency = dict.fromkeys(paths, float("nan"))
+    batches = list(inputs(model, data))
+    size = cfg.export.latency_batch
+    example = tuple(a[:size] if isinstance(a, Tensor) else a for a in batches[0])
     verification = None
     if trainer.is_global_zero:
-        batches = list(inputs(model, data))
-        example = tuple(t[: cfg.export.latency_batch] for t in batches[0])
         for name, module in models.items():
-            to_onnx(module.cpu(), example, paths[name], opset=cfg.export.opset, runtime=cfg.export.runtime)
+            to_onnx(module, example, paths[name], opset=cfg.export.opset, runtime=cfg.export.runtime)
         verification = verify(model, paths[cfg.quant.name], batches)
         latency = compare_latency({name: OnnxModel(path) for name, path in paths.items()}, example)
     trainer.strategy.barrier()
+    with evaluating(model):
+        layout = tree_flatten(model(*example))[1]
     deployed = {name: Deployed(name, path, path.stat().st_size, latency[name]) for name, path in paths.items()}
-    return Deployment(deployed["float"], deployed[cfg.quant.name], verification)
+    conditions = (
+        f"ONNX Runtime {version('onnxruntime')} on this CPU, batch {min(size, len(batches[0][0]))}; the graph is laid out for "
+        f"{cfg.export.runtime}" + " (export.runtime=onnxruntime suits this one)" * (cfg.export.runtime == "tensorrt")
+    )
+    return Deployment(deployed["float"], deployed[cfg.quant.name], verification, layout, conditions)
 
 
-def inputs(model: LightningModule, data: LightningDataModule) -> Iterator[tuple[Tensor, ...]]:
-    """What ``forward`` gets of each validation batch."""
-    for batch in data.val_dataloader():
+def inputs(model: LightningModule, data: LightningDataModule) -> Iterator[tuple[Any, ...]]:
+    """What ``forward`` gets of each validation batch, by position."""
+    signature = inspect.signature(model.forward)
+    for batch, _, _ in iter(CombinedLoader(data.val_dataloader(), "sequential")):
         args, kwargs = forward_arguments(model.forward, batch)
-        if kwargs:
-            raise TypeError(f"Export needs positional inputs, but the batch fills {', '.join(kwargs)} of `forward` by name.")
-        yield args
+        bound = signature.bind(*args, **kwargs)
+        if bound.kwargs:
+            raise TypeError(f"`forward` takes {', '.join(bound.kwargs)} by keyword only: an exported graph has positions.")
+        yield bound.args
 
 
-def validate_onnx(cfg: DictConfig, model: LightningModule, data: LightningDataModule, path: Path) -> dict[str, float]:
+def validate_onnx(
+    cfg: DictConfig, model: LightningModule, data: LightningDataModule, path: Path, layout: TreeSpec
+) -> dict[str, float]:
     """Metrics of the module's own validation loop with ONNX Runtime in place of its ``forward``."""
-    session = OnnxModel(path)
+    session, own = OnnxModel(path), inspect.signature(model.forward)
 
-    def forward(*args: Tensor) -> Any:
-        outputs = session(*args)
-        return outputs[0] if len(outputs) == 1 else outputs
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in own.bind(*args, **kwargs).args if isinstance(a, Tensor)]
+        # the loop's metrics live where its batches do
+        return tree_unflatten([output.to(tensors[0].device) for output in session(*tensors)], layout)
 
     trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     model.forward = forward  # type: ignore[method-assign]
     try:
-        (metrics,) = trainer.validate(model, datamodule=data, verbose=False)
+        found = trainer.validate(model, datamodule=data, verbose=False)
     finally:
         del model.forward
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: float(value) for metrics in found for name, value in metrics.items()}

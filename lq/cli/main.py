@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 VERBS = ("run",)
@@ -13,9 +14,12 @@ class UserError(SystemExit):
     """An error that is explained in one message; the traceback adds nothing."""
 
     def __init__(self, error: BaseException) -> None:
+        from hydra.errors import InstantiationException
+
         # hydra wraps what went wrong while it built an object, and names the place in the config
-        cause = error.__cause__ or error
-        place = "" if cause is error else f"\n(in {str(error).splitlines()[-1].strip()})"
+        wrapped = isinstance(error, InstantiationException) and error.__cause__ is not None
+        cause = error.__cause__ if wrapped else error
+        place = f"\n(in {str(error).splitlines()[-1].strip()})" if wrapped else ""
         super().__init__(f"lq: {type(cause).__name__}: {cause}{place}")
 
 
@@ -32,7 +36,28 @@ def main() -> None:
         sys.exit(f'lq: {missing.name} is not installed: pip install "lightning-lq[recipes,export]"')
     _quiet()
     register_resolvers()
+    # modules of the user's own, beside their configs
+    sys.path.insert(0, str(Path.cwd()))
+    _options_last(sys.argv)
+    _check_folder(sys.argv)
     hydra.main(version_base="1.3", config_path="pkg://lq.conf", config_name=verb)(_job)()
+
+
+def _check_folder(argv: list[str]) -> None:
+    """Hydra makes the output folder itself, and shows a traceback where it cannot."""
+    told = [arg.partition("=")[2] for arg in argv if arg.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    folder = Path(told[-1] if told else ".").absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        sys.exit(f"lq: the output folder {folder} cannot be written ({there} is in the way): set hydra.run.dir to another.")
+
+
+def _options_last(argv: list[str]) -> None:
+    """Hydra takes no overrides behind ``--config-dir FOLDER``: move it to the end."""
+    for name in ("--config-dir", "-cd"):
+        if name in argv[:-1]:
+            at = argv.index(name)
+            argv += [argv.pop(at), argv.pop(at)]
 
 
 def register_resolvers() -> None:
@@ -54,19 +79,24 @@ def _job(cfg: Any) -> Any:
 
     from lq.cli.run import run
 
+    explained = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
     try:
         return run(cfg)
-    except (ValueError, TypeError, OSError, MisconfigurationException, InstantiationException, OmegaConfBaseException) as error:
-        # a sweep reports failed jobs itself; HYDRA_FULL_ERROR=1 shows where the error came from
-        if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR"):
+    except (*explained, InstantiationException, OmegaConfBaseException) as error:
+        # HYDRA_FULL_ERROR=1 shows where the error came from
+        if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        raise UserError(error) from error
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            raise UserError(error) from error
+        # the other jobs of a sweep go on; its table shows that this one failed
+        print(UserError(error), file=sys.stderr)
+        return None
 
 
 def _quiet() -> None:
-    """Keep out what libraries say to their developers, to sell something, or of what the recipe means to do."""
+    """Keep out what libraries say to their developers, or to sell something."""
     os.environ.setdefault("WANDB_SILENT", "true")
     for name in ("lightning.pytorch", "lightning.fabric", "onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory.*", ".*QATSchedule overrules.*"):
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory.*"):
         warnings.filterwarnings("ignore", message=message)

@@ -1,6 +1,7 @@
 """What a run leaves behind besides its report."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,18 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lq.analysis.quantizer_stats import LayerRow, measuring, table
-from lq.analysis.records import Report
+from lq.analysis.records import Histogram, Report
 from lq.cli.deploy import Deployment, inputs
 from lq.nn.evaluating import evaluating
 
 
-def measure_layers(model: LightningModule, data: LightningDataModule) -> list[LayerRow]:
-    """SQNR and saturation of every quantizer over the validation batches."""
+def measure_layers(model: LightningModule, data: LightningDataModule, seen: dict[str, Histogram]) -> list[LayerRow]:
+    """SQNR and saturation of every quantizer over the validation batches; the peak is what calibration saw."""
     model.cpu()
     with evaluating(model), measuring(model) as stats:
         for args in inputs(model, data):
             model(*args)
-    return table(model, stats)
+    return [replace(row, peak=seen[row.name].peak) if row.name in seen else row for row in table(model, stats)]
 
 
 def write_metrics(report: Report, deployment: Deployment | None, folder: Path) -> dict[str, Any]:
@@ -32,6 +33,13 @@ def write_metrics(report: Report, deployment: Deployment | None, folder: Path) -
         metrics["worst_disagreement_steps"] = deployment.verification.worst_disagreement_steps
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def log_last(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Metrics that came after the fit, to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.save()
 
 
 def log_figures(trainer: Trainer, folder: Path) -> None:

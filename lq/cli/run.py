@@ -2,22 +2,27 @@
 
 import copy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lq.analysis.records import Report, Stage, histograms, read_history
+from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
-from lq.callbacks import Quantize
+from lq.callbacks import QATSchedule, Quantize
 from lq.cli.deploy import Deployment, deploy, validate_onnx
-from lq.cli.outputs import log_figures, measure_layers, write_metrics
-from lq.surgery import quantize_
+from lq.cli.outputs import log_figures, log_last, measure_layers, write_metrics
+from lq.export._require import require
+from lq.export.check import fits_int8
+from lq.surgery import named_quantizers, quantize_
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -31,11 +36,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
-    # everything that the config can get wrong shows here, before any training
     callbacks: dict[str, Callback] = {k: v for k, v in instantiate(cfg.callbacks).items() if v is not None}
-    quantize = callbacks["quantize"]
-    assert isinstance(quantize, Quantize)
-    quantize_(copy.deepcopy(model), quantize.rules)
+    # everything that the config can get wrong shows here, before any training
+    quantize = check(cfg, data, model, callbacks)
 
     if cfg.ckpt_path is None:
         console.rule("Float training")
@@ -53,7 +56,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     with console.status("Exporting, verifying and timing the graphs"):
         deployment = deploy(cfg, trainer, data, float_model, model, folder)
         if deployment is not None:
-            quantize.stages["onnxruntime"] = validate_onnx(cfg, model, data, deployment.quantized.path)
+            metrics = validate_onnx(cfg, model, data, deployment.quantized.path, deployment.layout)
+            quantize.stages["onnxruntime"] = metrics
+            log_last(trainer, {f"onnxruntime/{name}": value for name, value in metrics.items()})
     if not trainer.is_global_zero:
         return None
 
@@ -85,11 +90,41 @@ def describe(
         title=f"{cfg.name}: float to INT8",
         stages=[Stage(name, metrics) for name, metrics in quantize.stages.items()],
         deployed=[] if deployment is None else [deployment.float, deployment.quantized],
-        layers=measure_layers(model, data),
+        layers=measure_layers(model, data, quantize.histograms),
         notes=notes | ({} if deployment is None else deployment.notes()),
-        histograms=histograms(model),
+        histograms=quantize.histograms,
         history=read_history(history) if history.exists() else [],
     )
+
+
+def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, callbacks: dict[str, Callback]) -> Quantize:
+    """Find out what cannot work, before any training; returns the callback that quantizes."""
+    quantize = callbacks.get("quantize")
+    if not isinstance(quantize, Quantize):
+        raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
+    if cfg.schedule.epochs < 1:
+        raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: calibration is part of the fit, give at least 1.")
+    if not is_overridden("validation_step", model) or not is_overridden("val_dataloader", data):
+        raise ValueError(
+            f"{type(model).__name__} needs a `validation_step`, and {type(data).__name__} a `val_dataloader`: `lq` measures each "
+            "stage with them. The callbacks alone do without."
+        )
+    for callback in callbacks.values():
+        if isinstance(callback, QATSchedule) and callback.lr is not None and not model.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(model).__name__} has `automatic_optimization = False` and steps its own schedule: set schedule.lr=null."
+            )
+    quantized = quantize_(copy.deepcopy(model), quantize.rules)
+    if cfg.export.format not in (None, "onnx"):
+        raise ValueError(f"`export.format` is {cfg.export.format!r}: choose onnx or null.")
+    if cfg.quant.name == "float":
+        raise ValueError("`quant.name` is 'float', which is what the float graph is called: choose another.")
+    if cfg.export.format is not None:
+        require("onnx", "onnxscript", "onnxruntime")
+        for name, quantizer in named_quantizers(quantized):
+            if not fits_int8(quantizer.num_bits, quantizer.unsigned):
+                raise ValueError(f"`{name}` has {quantizer.num_bits} bits, and its codes exceed int8: fewer, or export=none.")
+    return quantize
 
 
 def prepare_folder(cfg: DictConfig) -> Path:
@@ -113,11 +148,19 @@ def train_float(cfg: DictConfig, model: LightningModule, data: LightningDataModu
 
 def load_float(model: LightningModule, path: str) -> None:
     """Load float weights from a Lightning checkpoint or a state dict."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     try:
-        model.load_state_dict(checkpoint.get("state_dict", checkpoint))
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.get("state_dict", checkpoint)
+    except (OSError, EOFError, RuntimeError, UnpicklingError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"`ckpt_path` {path} cannot be read ({reason}): give a Lightning checkpoint or a state dict.") from None
+    if quantized := [key for key in state if key.endswith("_quantizer._amax")]:
+        raise ValueError(f"`ckpt_path` {path} is quantized already (it has {quantized[0]}): give the float checkpoint.")
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
+        lines = str(error).splitlines()[1:4]
         raise ValueError(
             f"`ckpt_path` {path} does not fit {type(model).__name__}: give the checkpoint of this architecture, or choose "
-            f"another `model`. {error}"
+            f"another `model`. {' '.join(line.strip() for line in lines)[:300]}"
         ) from None

@@ -26,7 +26,7 @@ def _can_move(relu: ir.Node) -> bool:
     if x is None or len(x.consumers()) != 1 or len(y.consumers()) != 1 or x.is_graph_output() or y.is_graph_output():
         return False
     layer, (after,) = x.producer(), y.consumers()
-    if layer is None or layer.op_type not in ("Conv", "Gemm") or after.op_type != "QuantizeLinear" or after.attributes:
+    if layer is None or after.op_type != "QuantizeLinear" or after.attributes:
         return False
     # a layer in float would gain nothing
     return all(v is not None and (n := v.producer()) is not None and n.op_type == "DequantizeLinear" for v in layer.inputs[:2])

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from omegaconf import OmegaConf
 
 import lq
@@ -143,16 +144,70 @@ def test_the_float_checkpoint_of_a_run_starts_another(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_in_one_table(tmp_path, float_weights):
+def test_a_sweep_ends_in_one_table_and_names_what_failed(tmp_path, float_weights):
     told = [*QUICK, f"ckpt_path={float_weights}", "export=none", "logger=none", "hydra.sweep.dir=out"]
-    result = command(tmp_path, "-m", "calib=max,percentile", *told)
+    result = command(tmp_path, "-m", "calib=max,percentile", "rescale.alpha=0.5,2", *told)
+    assert result.returncode == 1
+    assert "alpha" in result.stderr
+    assert "2 of 4 jobs failed: 1, 3" in result.stderr
+    title, _, header, _, *rows = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    assert title == "Runs: val_acc (%) at each stage"
+    assert header == "| job | calib | rescale.alpha | float | calibrated | rescaled | qat | failed |"
+    assert [row.split(" | ")[1:3] for row in rows] == [["max", "0.5"], ["max", "2"], ["percentile", "0.5"], ["percentile", "2"]]
+    accuracy = json.loads((tmp_path / "out" / "0" / "metrics.json").read_text())["qat/val_acc"]
+    assert f"| {100 * accuracy:.4g} |" in rows[0]
+    assert rows[1].endswith("| yes |")
+    assert "percentile" in result.stdout[result.stdout.index("Runs: val_acc") :]
+
+
+OWN = """
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+class Net(LightningModule):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 1))
+    def forward(self, features, scale=None):
+        return {"value": self.layers(features)}
+    def training_step(self, batch):
+        return torch.nn.functional.mse_loss(self(batch["features"])["value"], batch["target"])
+    def validation_step(self, batch, batch_idx):
+        self.log("val_mse", self.training_step(batch))
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        return DataLoader([{"features": f, "target": f[:1], "id": i} for i, f in enumerate(x)], batch_size=16)
+    val_dataloader = train_dataloader
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_with_dicts_in_and_out_and_no_accuracy(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    for path, text in {
+        "model/own.yaml": "_target_: own.Net\nwidth: 8",
+        "data/own.yaml": "_target_: own.Data",
+        "experiment/own.yaml": "# @package _global_\ndefaults:\n  - override /model: own\n  - override /data: own\nname: own",
+    }.items():
+        (tmp_path / "cfg" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cfg" / path).write_text(text)
+    result = command(tmp_path, "experiment=own", "--config-dir", "cfg", "hydra.run.dir=out", "logger=none", *QUICK)
     assert result.returncode == 0, result.stderr
-    table = (tmp_path / "out" / "comparison.md").read_text().splitlines()
-    assert len(table) == 4
-    assert "| max |" in table[2]
-    assert "| percentile |" in table[3]
-    last = result.stdout[result.stdout.index("Runs") :]
-    assert all(word in last for word in ("max", "percentile", "qat/val_acc"))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["onnxruntime/val_mse"] == pytest.approx(metrics["qat/val_mse"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["quant=int8_weight_only", "quant=w4a8", "schedule=constant"])
+def test_no_option_wrecks_the_model(finished, tmp_path, choice):
+    ckpt_path = finished[0] / "checkpoints" / "float.ckpt"
+    metrics = run(config(tmp_path, *QUICK, choice, f"ckpt_path={ckpt_path}", "export=none", "logger=none"))
+    assert metrics["qat/val_acc"] > metrics["float/val_acc"] - 0.05
 
 
 @pytest.mark.slow
@@ -179,6 +234,12 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
         ("quant.overrides=[{patern: stem}]", "patern.*pattern"),
         ("calib.batches=0", "batches.*0"),
         ("schedule.freeze_after=1.5", "freeze_after.*1.5"),
+        ("schedule.epochs=0", "schedule.epochs.*0"),
+        ("quant.input.num_bits=16", "stem.0.input.*16 bits"),
+        ("export.format=engine", "export.format.*engine"),
+        ("callbacks.quantize=null", "callbacks.quantize"),
+        ("quant.name=float", "quant.name"),
+        ("ckpt_path=nowhere.pt", "ckpt_path.*nowhere"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, told, message):
@@ -197,6 +258,29 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     torch.save(DigitsClassifier(width=8).state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt does not fit DigitsClassifier"):
         run(config(tmp_path / "out", *QUICK, f"ckpt_path={tmp_path / 'other.pt'}", "logger=none"))
+
+
+@pytest.mark.parametrize("content", [[1], {"stem.0.input_quantizer._amax": torch.ones(())}, b"garbage"])
+def test_a_checkpoint_that_is_none_or_quantized(tmp_path, content):
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"ckpt_path.*bad\.pt (cannot be read|is quantized already)"):
+        run(config(tmp_path / "out", *QUICK, f"ckpt_path={path}", "logger=none"))
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_hydra_cannot_make(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = command(tmp_path, "hydra.run.dir=file/out")
+    assert result.returncode != 0
+    assert "set hydra.run.dir to another" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_module_without_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(DigitsClassifier, "validation_step", LightningModule.validation_step)
+    with pytest.raises(ValueError, match="validation_step"):
+        run(config(tmp_path, *QUICK, "logger=none"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

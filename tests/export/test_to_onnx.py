@@ -460,30 +460,31 @@ def test_bias_of_a_dead_channel_survives_onnx_runtime(tmp_path):
 
 
 class Relus(nn.Module):
-    """Where a Relu may move behind the codes (a, c), and where it may not: its values are used otherwise (b), or are returned."""
+    """Where a Relu may move behind the codes (a, c), and where not: its values are used, or its layer takes floats."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
         self.c, self.d, self.e, self.f = (nn.Linear(8, 8) for _ in range(4))
+        self.plain = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = torch.relu(self.b(torch.relu(self.a(x))))
         before = self.d(torch.relu(self.c(x.amax((2, 3)) + x.mean((2, 3)))))
         after = torch.relu(self.e(torch.relu(before)))
-        return self.f(after), before, after
+        return self.f(torch.relu(self.plain(after))), before, after
 
 
 def test_layout_for_onnx_runtime_computes_the_same_in_int8(tmp_path):
     (tmp_path / "plain").mkdir()
     x = torch.randn(4, 3, 8, 8)
-    model = calibrated(Relus(), x)
+    model = calibrated(Relus(), x, rules=[*PRESETS["int8"], QuantRule("plain", None, INT8_WEIGHT)])
     plain = export(model, x, tmp_path / "plain")
     graph = export(model, x, tmp_path, runtime="onnxruntime")
     for e, a in zip(plain.run(x), graph.run(x), strict=True):
         np.testing.assert_array_equal(a, e)
-    assert [len(plain.of(op)) for op in ("Relu", "LeakyRelu")] == [5, 0]
-    assert [len(graph.of(op)) for op in ("Relu", "LeakyRelu")] == [3, 2]
+    assert [len(plain.of(op)) for op in ("Relu", "LeakyRelu")] == [6, 0]
+    assert [len(graph.of(op)) for op in ("Relu", "LeakyRelu")] == [4, 2]
 
     def kernels(g):
         g.run(x, optimize=True, rewritten=tmp_path / "rewritten")
