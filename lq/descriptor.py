@@ -34,6 +34,14 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
+def _known(cls: type[Any], values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """``values``, if every key is a field of the dataclass ``cls``."""
+    names = [f.name for f in fields(cls)]
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"Unknown {what} key {', '.join(map(repr, unknown))}: choose among {', '.join(names)}.")
+    return values
+
+
 @dataclass(frozen=True)
 class QuantDescriptor:
     """How a tensor is quantized: immutable data, equal when every field is.
@@ -108,10 +116,7 @@ class QuantDescriptor:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantDescriptor":
         """A descriptor from a mapping; an unknown key is refused by name."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"Unknown descriptor key {', '.join(map(repr, unknown))}: choose among {', '.join(known)}.")
-        return cls(**values)
+        return cls(**_known(cls, values, "descriptor"))
 
     def replace(self, **changes: Any) -> "QuantDescriptor":
         """A copy with some fields changed."""
@@ -147,10 +152,7 @@ class QuantRule:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantRule":
         """A rule from a mapping; an unknown key is refused by name."""
-        known = [f.name for f in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"Unknown rule key {', '.join(map(repr, unknown))}: choose among {', '.join(known)}.")
-        return cls(**values)
+        return cls(**_known(cls, values, "rule"))
 
 
 # A preset's name, or rules, each of them also as a mapping.
