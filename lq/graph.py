@@ -72,10 +72,6 @@ class Flow:
         """Calls that take a value, once for each time they take it."""
         return [call for call in self.calls for taken in call.inputs if taken == value]
 
-    def producer(self, value: int) -> Call | None:
-        """The call that gave a value; ``None`` for inputs of the model and parameters."""
-        return next((call for call in self.calls if value in call.outputs), None)
-
     def only_consumer(self, module: nn.Module) -> nn.Module | None:
         """The leaf module that alone takes the output of ``module``; ``None`` if there is more to it than one call each."""
         calls = self.calls_of(module)

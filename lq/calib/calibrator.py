@@ -1,5 +1,6 @@
 """What all calibrators share: state with a declared reduction over ranks, and the checks on the data."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ class Calibrator(Metric):
         """Amax by the calibrator's default method."""
         return self.compute_amax()
 
+    @abstractmethod
     def compute_amax(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """float32 amax, ``()`` or broadcastable to the data; ``None`` if no data was collected."""
-        raise NotImplementedError
 
     def _shaped(self, amax: Tensor) -> Tensor:
         assert self.shape is not None

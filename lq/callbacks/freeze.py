@@ -58,6 +58,7 @@ class ScaleFreeze(Callback):
         # whether statistics for the next refresh are at hand, and what a checkpoint had of them
         self._observed = False
         self._restored: dict[str, dict[str, Any]] = {}
+        self._is_frozen = False
         self._frozen: set[TensorQuantizer] = set()
         self._batchnorms: set[nn.Module] = set()
 
@@ -82,9 +83,11 @@ class ScaleFreeze(Callback):
             self._observed = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._observed:
+            return
         stop_observing_(pl_module)
         # before a checkpoint of this step is written, because ModelCheckpoint comes last
-        if self._observed and is_refresh(trainer.global_step, self._every):
+        if is_refresh(trainer.global_step, self._every):
             merge_statistics_(pl_module)
             # a layer that the model did not call lately keeps its amax
             load_calib_amax_(pl_module, self.method, momentum=self.momentum, strict=False, **self.method_options)
@@ -104,19 +107,22 @@ class ScaleFreeze(Callback):
         self._restored = checkpoint.get(STATISTICS, {})
 
     def _freeze_all(self, pl_module: LightningModule) -> None:
-        self._frozen |= {quantizer for _, quantizer in named_quantizers(pl_module) if not quantizer.frozen}
-        freeze_(pl_module)
+        if not self._is_frozen:
+            self._is_frozen = True
+            self._frozen = {quantizer for _, quantizer in named_quantizers(pl_module) if not quantizer.frozen}
+            freeze_(pl_module)
+            norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            self._batchnorms = {m for m in norms if m.training} if self.batchnorm else set()
         # every batch, because whoever puts the module into train mode takes its BatchNorms along
-        for module in pl_module.modules() if self.batchnorm else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                module.training = False
-                self._batchnorms.add(module)
+        for module in self._batchnorms:
+            module.training = False
 
     def _let_go(self, pl_module: LightningModule) -> None:
         """The fit is over: what this callback held still may move again."""
         if self._observed:
             stop_observing_(pl_module)
             self._observed = False
+        self._is_frozen = False
         while self._frozen:
             self._frozen.pop().frozen = False
         while self._batchnorms:
