@@ -1,8 +1,9 @@
 """Quantization for PyTorch Lightning: calibrate, rescale, fine-tune, and export ONNX Q/DQ for TensorRT."""
 
-from lq import callbacks, export
+from lq import calib, callbacks, export, nn, optim, quant_modules, tensor_quant, utils
 from lq.calibration import calibrating, load_calib_amax_
 from lq.descriptor import QuantDescriptor, QuantRule
+from lq.export import enable_onnx_export
 from lq.nn import TensorQuantizer
 from lq.rescale import RescalingCalibrator
 from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, unfreeze_
@@ -14,13 +15,20 @@ __all__ = [
     "RescalingCalibrator",
     "TensorQuantizer",
     "__version__",
+    "calib",
     "calibrating",
     "callbacks",
     "dequantize_",
+    "enable_onnx_export",
     "export",
     "freeze_",
     "load_calib_amax_",
     "named_quantizers",
+    "nn",
+    "optim",
+    "quant_modules",
     "quantize_",
+    "tensor_quant",
     "unfreeze_",
+    "utils",
 ]

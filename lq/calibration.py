@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lq.calib import HistogramCalibrator, failing_together, sync_calibrators
 from lq.functional.threshold import Search, check_method
 from lq.nn.evaluating import evaluating
-from lq.nn.quant_module import QuantMixin
-from lq.nn.tensor_quantizer import TensorQuantizer
+from lq.nn.quant_module import QuantModule
+from lq.nn.tensor_quantizer import TensorQuantizer, make_calibrator
 from lq.surgery import named_quantizers, unquantized
 
 M = TypeVar("M", bound=nn.Module)
@@ -111,10 +111,13 @@ def merge_statistics_(model: M) -> M:
     """Stop collecting, look at the weights as they are now, and merge the statistics of inputs over ranks, in place."""
     stop_observing_(model)
     roles = _roles(model)
-    for quantizer, weight in roles.values():
+    for name, (quantizer, weight) in roles.items():
         if weight is not None:
             quantizer.calibrator.reset()
-            quantizer.calibrator.collect(weight)
+            try:
+                quantizer.collect(weight)
+            except ValueError as error:
+                raise ValueError(f"`{name}`: {error}") from None
     _sync(roles)
     return model
 
@@ -127,17 +130,17 @@ def stop_observing_(model: M) -> M:
 
 
 def _roles(model: nn.Module) -> Roles:
-    """The quantizers that may change: those that are neither frozen nor told their amax by their descriptor."""
-    weights = {m.weight_quantizer: m.weight for m in model.modules() if isinstance(m, QuantMixin)}
-    return {name: (q, weights.get(q)) for name, q in named_quantizers(model) if not (q.frozen or q.quant_desc.amax is not None)}  # type: ignore[misc]
+    """The quantizers that may change: neither frozen, nor learned, nor given by their descriptor."""
+    modules = [m for m in model.modules() if isinstance(m, QuantModule)]
+    weights = {m.quantizers()[role]: weight for m in modules for role, weight in m.weights().items()}
+    return {name: (q, weights.get(q)) for name, q in named_quantizers(model) if not q.fixed}
 
 
 def _prepare(quantizer: TensorQuantizer, method: str) -> None:
     """Forget earlier statistics; where the method needs a histogram and the quantizer has none, give it one."""
     if method not in ("max", "noclipping") and not isinstance(quantizer.calibrator, HistogramCalibrator):
-        desc = quantizer.quant_desc
-        device = quantizer.calibrator.device
-        quantizer.calibrator = HistogramCalibrator(desc.num_bits, desc.axis, desc.unsigned, desc.num_bins).to(device)
+        wanted = quantizer.quant_desc.replace(calib_method="histogram")
+        quantizer.calibrator = make_calibrator(wanted).to(quantizer.calibrator.device)
     quantizer.calibrator.reset()
 
 
@@ -147,6 +150,11 @@ def _sync(roles: Roles, error: str | None = None) -> None:
         error = (
             f"NaN or Inf in calibration data, first at `{broken[0]}` ({len(broken)} of {len(roles)} quantizers): "
             "look for bad samples, or for a layer that overflows."
+        )
+    elif low := [name for name, (q, _) in roles.items() if q.unsigned and bool(q.calibrator.negative > 0)]:
+        error = (
+            f"`{low[0]}` is unsigned, but saw values down to {-roles[low[0]][0].calibrator.negative.item():g} ({len(low)} of "
+            f"{len(roles)} quantizers): give it `unsigned=False`."
         )
     sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
 

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import yaml
+
+from lq.functional.grid import Bits, check_num_bits
 
 Nested = float | tuple["Nested", ...]
 
@@ -47,18 +49,21 @@ class QuantDescriptor:
     """How a tensor is quantized: immutable data, equal when every field is.
 
     Args:
-        num_bits: width of the integer, 2 to 16.
+        num_bits: width of the integer, 2 to 32; or a float format, ``(4, 3)`` for FP8 E4M3 and ``(5, 2)`` for E5M2.
         name: a label for people.
+        fake_quant: return real values on the grid; ``False`` returns the integer codes (in a floating dtype).
         axis: dimensions that keep an amax of their own, an int or several; ``None`` is per tensor.
-        amax: a fixed amax, number or (nested) list; ``None`` leaves it to calibration.
+        amax: a fixed amax, number or (nested) list; ``None`` leaves it to calibration. With ``learn_amax`` where learning starts.
+        learn_amax: learn amax by gradient (PACT, see :class:`lq.nn.Clip`).
+        scale_amax: a number to multiply every amax with, for quick experiments.
+        calib_method: statistics the quantizer's calibrator takes: ``"max"`` or ``"histogram"``.
         unsigned: codes from 0 to ``2**num_bits - 1``.
         narrow_range: signed codes leave out the most negative one: [-127, 127] in place of [-128, 127].
-        fake_quant: return real values on the grid; ``False`` returns the integer codes (in a floating dtype).
-        calib_method: statistics the quantizer's calibrator takes: ``"max"`` or ``"histogram"``.
         num_bins: resolution of the histogram.
+        block_size: as many values along the last dimension share an amax, beside ``axis``; ``None``: no blocks.
 
     Raises:
-        ValueError: a field out of its range.
+        ValueError: a field out of its range, or two that contradict each other.
         TypeError: a field of the wrong type.
 
     >>> desc = QuantDescriptor(num_bits=4, axis=0, unsigned=True)
@@ -68,36 +73,62 @@ class QuantDescriptor:
     True
     """
 
-    num_bits: int = 8
+    num_bits: Bits = 8
     name: str | None = None
+    _: KW_ONLY
+    fake_quant: bool = True
     axis: int | tuple[int, ...] | None = None
     amax: Nested | None = None
+    learn_amax: bool = False
+    scale_amax: float | None = None
+    calib_method: str = "max"
     unsigned: bool = False
     narrow_range: bool = True
-    fake_quant: bool = True
-    calib_method: str = "max"
     num_bins: int = 2048
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("axis", "amax"):
+        for name in ("num_bits", "axis", "amax"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
-        for name in ("num_bits", "num_bins"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+        for name in ("num_bins", "block_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None if name == "block_size" else int):
                 raise TypeError(f"`{name}` is {value!r}: it must be an integer.")
-        for name in ("unsigned", "narrow_range", "fake_quant"):
+        for name in ("unsigned", "narrow_range", "fake_quant", "learn_amax"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` is {value!r}: it must be true or false.")
-        if not 2 <= self.num_bits <= 16:
-            raise ValueError(f"`num_bits` is {self.num_bits}: it must lie in 2 to 16.")
+        if not isinstance(self.name, str | None):
+            raise TypeError(f"`name` is {self.name!r}: it must be text.")
+        check_num_bits(self.num_bits, self.unsigned)
         if self.num_bins < 2:
             raise ValueError(f"`num_bins` is {self.num_bins}: it must be at least 2.")
         if self.calib_method not in CALIB_METHODS:
             raise ValueError(f"`calib_method` is {self.calib_method!r}: choose one of {', '.join(CALIB_METHODS)}.")
-        if self.amax is not None and not all(0 <= a < math.inf for a in _numbers(self.amax)):
-            raise ValueError(f"`amax` is {self.amax}: it must be finite and not negative.")
+        self._check_axis()
+        self._check_amax()
+        if isinstance(self.num_bits, tuple) and not self.fake_quant:
+            raise ValueError(f"`fake_quant` is False with `num_bits={self.num_bits}`: floats have no integer codes.")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"`block_size` is {self.block_size}: it must be at least 1, or null.")
+
+    def _check_axis(self) -> None:
         axes = self.axis if isinstance(self.axis, tuple) else () if self.axis is None else (self.axis,)
-        if not all(isinstance(a, int) for a in axes):
+        if not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
             raise TypeError(f"`axis` is {self.axis!r}: it must be an integer, several, or null.")
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"`axis` names a dimension twice: {axes}.")
+        if self.block_size is not None and -1 in axes:
+            raise ValueError(f"`axis` is {self.axis} with `block_size={self.block_size}`: blocks lie along that dimension.")
+
+    def _check_amax(self) -> None:
+        for name in ("amax", "scale_amax"):
+            value = getattr(self, name)
+            try:
+                valid = value is None or all(0 <= a < math.inf for a in _numbers(value))
+            except TypeError:
+                raise TypeError(f"`{name}` is {value!r}: it must be a number{' or numbers' * (name == 'amax')}.") from None
+            if not valid:
+                raise ValueError(f"`{name}` is {value}: it must be finite and not negative.")
 
     def dict(self) -> Mapping[str, Any]:
         """Fields that differ from their defaults, in plain Python types; ``QuantDescriptor(**d)`` rebuilds it."""
@@ -131,6 +162,8 @@ class QuantRule:
         pattern: shell wildcards, matched against the module's dotted name; ``*`` also crosses dots.
         input: descriptor of the input, or a mapping of its fields; ``None`` leaves it in float.
         weight: of the weight, likewise. With both ``None`` the module is not touched.
+        types: names of classes, as ``"Conv2d"``; only their modules match. By default all match but those that gain little by
+            integers (pooling, instance norms, embeddings), which are quantized where ``types`` or the whole name says so.
 
     >>> QuantRule("*.head", weight={"num_bits": 4, "axis": 0}).weight.dict()
     {'num_bits': 4, 'axis': 0}
@@ -139,6 +172,7 @@ class QuantRule:
     pattern: str
     input: QuantDescriptor | None = field(default=None)
     weight: QuantDescriptor | None = field(default=None)
+    types: tuple[str, ...] | None = field(default=None)
 
     def __post_init__(self) -> None:
         for name in ("input", "weight"):
@@ -148,6 +182,10 @@ class QuantRule:
                 object.__setattr__(self, name, desc)
             if desc is not None and not isinstance(desc, QuantDescriptor):
                 raise TypeError(f"`{name}` of rule {self.pattern!r} is {desc!r}: it must be a QuantDescriptor or None.")
+        types = _frozen((self.types,) if isinstance(self.types, str) else self.types)
+        if types is not None and not (isinstance(types, tuple) and all(isinstance(t, str) for t in types)):
+            raise TypeError(f"`types` of rule {self.pattern!r} is {self.types!r}: it must be names of classes.")
+        object.__setattr__(self, "types", types)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantRule":
@@ -161,11 +199,17 @@ Rules = str | Sequence[QuantRule | Mapping[str, Any]]
 # What TensorRT and ONNX Runtime execute: full-range activations per tensor, narrow weights per output channel.
 INT8_INPUT = QuantDescriptor(narrow_range=False)
 INT8_WEIGHT = QuantDescriptor(axis=0)
+# FP8 E4M3 has exponent enough for one scale per tensor.
+FP8 = QuantDescriptor(num_bits=(4, 3))
+# Blocks of 128 weights of one output, as TensorRT and the 4-bit formats of language models have them.
+INT4_BLOCKS = QuantDescriptor(num_bits=4, axis=0, block_size=128)
 
 PRESETS: dict[str, list[QuantRule]] = {
     "int8": [QuantRule("*", INT8_INPUT, INT8_WEIGHT)],
     "int8_per_tensor": [QuantRule("*", INT8_INPUT, INT8_WEIGHT.replace(axis=None))],
     "int8_weight_only": [QuantRule("*", None, INT8_WEIGHT)],
+    "fp8": [QuantRule("*", FP8, FP8)],
+    "w4a16": [QuantRule("*", None, INT4_BLOCKS, types=("Linear",))],
     "w4a8": [QuantRule("*", INT8_INPUT, INT8_WEIGHT.replace(num_bits=4))],
 }
 

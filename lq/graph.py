@@ -103,7 +103,7 @@ class _Tracer(TorchFunctionMode):
         return number
 
     def record(self, target: nn.Module | str, taken: tuple[int, ...], output: Any) -> None:
-        outputs = _tensors(output)
+        outputs = tensors_in(output)
         for tensor in outputs:
             # also for a tensor that was changed in place: from here on it is another value
             self.values[tensor] = self._new(tensor)
@@ -111,12 +111,10 @@ class _Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if name == "__get__":  # a property: x.shape looks at the form, x.mT and x.data are the values
-            name = getattr(func.__self__, "__name__", name)
+        name = function_name(func)
         if self.inside or name in LOOKS:
             return func(*args, **kwargs)
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         self.flow.parameters.update(id(t) for t in tensors if isinstance(t, nn.Parameter))
         taken = tuple(self.value(t) for t in tensors)
         output = func(*args, **kwargs)
@@ -129,7 +127,7 @@ class _Tracer(TorchFunctionMode):
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not self.inside:
-                taken.append(tuple(self.value(t) for t in _tensors((args, kwargs))))
+                taken.append(tuple(self.value(t) for t in tensors_in((args, kwargs))))
             self.inside += 1
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -143,7 +141,15 @@ class _Tracer(TorchFunctionMode):
         ]
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def function_name(func: Any) -> str:
+    """Name of what a ``TorchFunctionMode`` was called for."""
+    name: str = getattr(func, "__name__", str(func))
+    # a property: x.shape looks at the form, x.mT and x.data are the values
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Tensors in what a function takes or returns, nested as they may be."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -168,7 +174,7 @@ def tracing(model: nn.Module) -> Iterator[Flow]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if not tracer.inside:
-            flow.returned.update(tracer.value(t) for t in _tensors(output))
+            flow.returned.update(tracer.value(t) for t in tensors_in(output))
 
     leaves = [m for m in model.modules() if is_leaf(m) and not isinstance(m, TensorQuantizer)]
     try:

@@ -17,6 +17,7 @@ from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import (
     QUANT_MODULES,
     QuantInputMixin,
+    QuantModule,
     input_channel_view,
     scale_input_channels_,
     to_quantized_,
@@ -26,6 +27,11 @@ from lq.surgery import has_quantized_layers, unquantized
 Excluded = Sequence[type[nn.Module] | nn.Module | str]
 
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 # What a positive factor on a channel passes through unchanged: f(s x) = s f(x), channel by channel.
 PASSING_MODULES: tuple[type[nn.Module], ...] = (
@@ -272,14 +278,14 @@ def _is_layer(module: nn.Module) -> bool:
     Not with a weight that is computed (pruning, weight_norm): a factor on it would be gone with the next forward.
     """
     known = type(module) in QUANT_MODULES or isinstance(module, QuantInputMixin)
-    return known and module._parameters.get("weight") is not None
+    return known and isinstance(module, LAYERS) and module._parameters.get("weight") is not None
 
 
 def _is_quantized_layer(module: nn.Module) -> bool:
     """Whether a layer's input is quantized, with an amax that may change."""
     if not _is_layer(module) or not isinstance(module, QuantInputMixin) or module.input_quantizer._disabled:
         return False
-    return not any(q.frozen or q.quant_desc.amax is not None for q in module.quantizers().values())
+    return not any(q.fixed for q in module.quantizers().values())
 
 
 def _channel_dim(module: nn.Module, ndim: int) -> int:
@@ -344,6 +350,7 @@ def _insert_(module: nn.Module, factors: Tensor) -> Tensor:
     What is inserted is rounded to float32: the weights take exactly its inverse, whatever their own dtype.
     """
     quantized = module if isinstance(module, QuantInputMixin) else to_quantized_(module)
+    assert isinstance(quantized, QuantInputMixin)
     quantizer = quantized.input_quantizer
     shape = (-1, *[1] * len(getattr(module, "kernel_size", ())))
     before = torch.ones_like(factors).reshape(shape) if quantizer.pre_quant_scale is None else quantizer.pre_quant_scale
@@ -353,6 +360,6 @@ def _insert_(module: nn.Module, factors: Tensor) -> Tensor:
 
 def _forget_amax(module: nn.Module) -> None:
     """Drop the amax of quantizers whose tensors change."""
-    if isinstance(module, QuantInputMixin):
+    if isinstance(module, QuantModule):
         for quantizer in module.quantizers().values():
             quantizer.amax = None

@@ -6,10 +6,13 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lq.descriptor import QuantRule, Rules, resolve_rules
-from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, is_quantizable, to_float_, to_quantized_
+from lq.float_operations import FloatOperation as FloatOperation
+from lq.float_operations import float_operations as float_operations
+from lq.functional.blocks import split_blocks
+from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantModule, float_class_of, is_quantizable, to_float_, to_quantized_
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,8 +37,10 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def has_quantized_layers(model: nn.Module) -> bool:
-    """Whether any layer has an enabled quantizer of its own (one that stands alone in a ``forward`` does not count)."""
-    return any(isinstance(m, QuantInputMixin) and is_quantized(m) for m in model.modules())
+    """Whether any layer has an enabled quantizer (one alone in a ``forward`` does not count, nor an operation made with one)."""
+    modules = (m for m in model.modules() if isinstance(m, QuantModule) and is_quantized(m))
+    # an operation may quantize from the start; then its quantizers are dynamic
+    return any(type(m) not in QUANT_MODULES or not all(q.dynamic for q in m.quantizers().values()) for m in modules)
 
 
 @contextmanager
@@ -62,14 +67,15 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
 
     Args:
         model: any module.
-        rules: a preset's name (``int8``, ``int8_per_tensor``, ``int8_weight_only``, ``w4a8``) or a list of :class:`QuantRule`.
+        rules: a preset's name (``int8``, ``int8_per_tensor``, ``int8_weight_only``, ``w4a8``, ``w4a16``,
+            ``fp8``) or a list of :class:`QuantRule`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: a pattern that matches no quantizable module, an unknown preset, a model without quantizable modules, or
-            one that has quantized layers already.
+        ValueError: a pattern that matches no quantizable module, an unknown preset, a ``block_size`` that does not divide a
+            weight's last dimension, a model without quantizable modules, or one that has quantized layers already.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> quantizers = dict(named_quantizers(quantize_(model)))
@@ -87,10 +93,12 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
         )
     chosen = _choose(resolve_rules(rules), targets)
     for name, rule in chosen.items():
+        _check_blocks(name, targets[name], rule)
+    for name, rule in chosen.items():
         if rule.input is not None or rule.weight is not None:
             for quantizer in to_quantized_(targets[name], rule.input, rule.weight).quantizers().values():
                 quantizer.dynamic = False
-    if not has_quantized_layers(model):
+    if not is_quantized(model):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     _leave_fast_path_(model)
     return model
@@ -99,17 +107,37 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
 def _choose(rules: list[QuantRule], targets: dict[str, nn.Module]) -> dict[str, QuantRule]:
     chosen: dict[str, QuantRule] = {}
     for rule in rules:
-        matches = [name for name in targets if fnmatchcase(name, rule.pattern)]
+        matches = [name for name, module in targets.items() if _matches(rule, name, float_class_of(module))]
         if not matches:
             close = difflib.get_close_matches(rule.pattern, targets, n=3, cutoff=0.0)
-            raise ValueError(f"The rule's pattern {rule.pattern!r} matches no quantizable layer: the closest are {close}.")
+            of_types = "" if rule.types is None else f" of types {', '.join(rule.types)}"
+            raise ValueError(
+                f"The rule's pattern {rule.pattern!r} matches no quantizable layer{of_types}: the closest are {close}."
+            )
         chosen.update(dict.fromkeys(matches, rule))
     return chosen
 
 
+def _check_blocks(name: str, module: nn.Module, rule: QuantRule) -> None:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and rule.weight is not None and rule.weight.block_size is not None:
+        try:
+            split_blocks(weight, rule.weight.block_size)
+        except ValueError as error:
+            raise ValueError(f"`{name}.weight`: {error}") from None
+
+
+def _matches(rule: QuantRule, name: str, kind: type[nn.Module]) -> bool:
+    if not fnmatchcase(name, rule.pattern):
+        return False
+    return rule.pattern == name or kind not in ON_REQUEST if rule.types is None else kind.__name__ in rule.types
+
+
 def _leave_fast_path_(model: nn.Module) -> None:
     """In evaluation torch's fused encoder reads the weights of its linear layers and never calls them: not if quantized."""
-    for module in model.modules():
+    for module in list(model.modules()):
+        if type(module) is nn.MultiheadAttention and is_quantized(module):
+            to_quantized_(module)  # in float it reads the weight of its `out_proj` and never calls it
         for kind, switch, off in FAST_PATHS:
             if isinstance(module, kind) and is_quantized(module):
                 vars(module).setdefault(f"_float_{switch}", getattr(module, switch))

@@ -302,3 +302,23 @@ def test_a_method_that_needs_a_histogram_is_refused_without_one_and_changes_noth
     with pytest.raises(ValueError, match=r"`5\.input` has no histogram for method 'percentile'"):
         load_calib_amax_(model, "percentile", percentile=50.0)
     assert same(amaxs(model), before)
+
+
+def test_an_unsigned_quantizer_that_saw_negative_values_is_named():
+    model = quantize_(network(), [QuantRule("*", QuantDescriptor(unsigned=True), INT8_WEIGHT)])
+    with pytest.raises(ValueError, match=r"`0.input` is unsigned, but saw values down to -.* \(1 of 4 quantizers\)"):
+        calibrated(model, batches())
+    assert all(q.amax is None for _, q in named_quantizers(model))
+
+
+def test_an_unsigned_quantizer_behind_a_relu_is_fine():
+    relu = nn.Sequential(nn.ReLU(), nn.Linear(4, 2))
+    model = calibrated(quantize_(relu, [QuantRule("*", QuantDescriptor(unsigned=True), INT8_WEIGHT)]), [torch.randn(3, 4)])
+    assert model[1].input_quantizer.amax > 0
+
+
+def test_a_learned_amax_is_left_alone():
+    model = quantize_(network(), [QuantRule("*", QuantDescriptor(amax=0.25, learn_amax=True), INT8_WEIGHT)])
+    calibrated(model, batches())
+    assert model[0].input_quantizer.amax == 0.25
+    assert model[0].weight_quantizer.amax is not None

@@ -1,7 +1,9 @@
 """`QuantDescriptor` and `QuantRule`: plain immutable data."""
 
 import dataclasses
+import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -13,18 +15,24 @@ from hypothesis import strategies as st
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, PRESETS, QuantDescriptor, QuantRule, resolve_rules
 
 POSITIVE = st.floats(min_value=0, allow_infinity=False)
+ROW = st.lists(POSITIVE, min_size=1, max_size=3)
+FIELDS = {
+    "name": st.none() | st.text(),
+    "axis": st.none() | st.integers(0, 4) | st.lists(st.integers(-4, -2), max_size=3, unique=True),
+    "amax": st.none()
+    | POSITIVE
+    | st.lists(POSITIVE, min_size=1, max_size=3)
+    | st.lists(st.lists(POSITIVE, min_size=1), min_size=1),
+    "learn_amax": st.booleans(),
+    "scale_amax": st.none() | POSITIVE,
+    "narrow_range": st.booleans(),
+    "calib_method": st.sampled_from(["max", "histogram"]),
+    "num_bins": st.integers(2, 10**6),
+    "block_size": st.none() | st.integers(1, 256),
+}
 DESCRIPTORS = st.builds(
-    QuantDescriptor,
-    num_bits=st.integers(2, 16),
-    name=st.none() | st.text(),
-    axis=st.none() | st.integers(-4, 4) | st.lists(st.integers(-4, 4), max_size=3),
-    amax=st.none() | POSITIVE | st.lists(POSITIVE, min_size=1, max_size=3) | st.lists(st.lists(POSITIVE, min_size=1), min_size=1),
-    unsigned=st.booleans(),
-    narrow_range=st.booleans(),
-    fake_quant=st.booleans(),
-    calib_method=st.sampled_from(["max", "histogram"]),
-    num_bins=st.integers(2, 10**6),
-)
+    QuantDescriptor, st.integers(2, 32), unsigned=st.booleans(), fake_quant=st.booleans(), **FIELDS
+) | st.builds(QuantDescriptor, st.sampled_from([(4, 3), (5, 2)]), **FIELDS)
 
 
 # There and back
@@ -96,28 +104,54 @@ def test_replace_changes_a_copy():
 # Refusals
 
 
-@pytest.mark.parametrize("num_bits", [-8, 0, 1, 17, 32])
+@pytest.mark.parametrize("num_bits", [-8, 0, 1, 33, (3, 4), (4, 3, 1)])
 def test_num_bits_out_of_range(num_bits):
-    with pytest.raises(ValueError, match=f"`num_bits` is {num_bits}: it must lie in 2 to 16"):
+    with pytest.raises(ValueError, match=re.escape(f"`num_bits` is {num_bits}: choose 2 to 32 for an integer, (4, 3) or (5, 2)")):
         QuantDescriptor(num_bits=num_bits)
 
 
 @pytest.mark.parametrize(
-    ("field", "bad"), [("num_bins", 1), ("num_bins", 0), ("calib_method", "entropy"), ("calib_method", None)]
+    ("field", "bad"),
+    [
+        *(("num_bins", 1), ("num_bins", 0), ("calib_method", "entropy"), ("calib_method", None), ("block_size", 0)),
+        *(("amax", -1.0), ("amax", math.nan), ("amax", (1.0, math.inf)), ("scale_amax", -2.0), ("scale_amax", math.nan)),
+    ],
 )
 def test_a_value_out_of_range_is_named(field, bad):
-    with pytest.raises(ValueError, match=f"`{field}` is {bad!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"`{field}` is {bad!r}")):
         QuantDescriptor(**{field: bad})
 
 
-@pytest.mark.parametrize("field", ["num_bits", "num_bins", "unsigned", "narrow_range", "fake_quant", "axis"])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_bits": (4, 3), "unsigned": True}, "float formats have a sign"),
+        ({"num_bits": (4, 3), "fake_quant": False}, "no integer codes"),
+        ({"axis": (0, -1), "block_size": 8}, "blocks lie along that dimension"),
+        ({"axis": (1, 1)}, "`axis` names a dimension twice"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        QuantDescriptor(**fields)
+
+
+FIELDS_WITH_A_TYPE = [
+    *("num_bits", "num_bins", "block_size", "unsigned", "narrow_range", "fake_quant", "learn_amax", "axis"),
+]
+
+
+@pytest.mark.parametrize("field", FIELDS_WITH_A_TYPE)
 @pytest.mark.parametrize("bad", ["8", 8.5, {}])
 def test_a_value_of_another_type_is_named(field, bad):
     with pytest.raises(TypeError, match=f"`{field}` is {bad!r}"):
         QuantDescriptor(**{field: bad})
 
 
-@pytest.mark.parametrize(("field", "bad"), [("num_bits", True), ("num_bins", False), ("unsigned", 1), ("narrow_range", None)])
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [("num_bits", True), ("num_bins", False), ("block_size", True), ("unsigned", 1), ("narrow_range", None), ("axis", True)],
+)
 def test_numbers_are_no_booleans_and_booleans_no_numbers(field, bad):
     with pytest.raises(TypeError, match=f"`{field}` is {bad!r}"):
         QuantDescriptor(**{field: bad})
@@ -125,7 +159,7 @@ def test_numbers_are_no_booleans_and_booleans_no_numbers(field, bad):
 
 @pytest.mark.parametrize("parse", [QuantDescriptor.from_dict, lambda d: QuantDescriptor.from_yaml(yaml.safe_dump(d))])
 def test_unknown_keys_are_named_with_the_known_ones(parse):
-    with pytest.raises(ValueError, match=r"'bits', 'scale'.*num_bits, name, axis"):
+    with pytest.raises(ValueError, match=r"'bits', 'scale'.*num_bits, name, fake_quant, axis"):
         parse({"scale": 1, "num_bits": 8, "bits": 4})
 
 
@@ -137,6 +171,16 @@ def test_unknown_keys_are_named_with_the_known_ones(parse):
 def test_a_rule_takes_descriptors_only(side, bad):
     with pytest.raises(TypeError, match=rf"`{side}` of rule 'layer\*'"):
         QuantRule("layer*", **{side: bad})
+
+
+@pytest.mark.parametrize("bad", [8, ["Linear", 3], {"Linear": 1}])
+def test_a_rule_names_types_by_text(bad):
+    with pytest.raises(TypeError, match=r"`types` of rule 'layer\*'"):
+        QuantRule("layer*", types=bad)
+
+
+def test_types_may_be_one_name_or_a_list_as_yaml_has_them():
+    assert QuantRule("*", types="Linear") == QuantRule("*", types=["Linear"]) == QuantRule("*", types=("Linear",))
 
 
 def test_a_rule_without_descriptors_is_a_rule():
@@ -156,8 +200,15 @@ def test_presets_are_what_runtimes_execute(preset, input, weight):
     assert resolve_rules(preset) == [QuantRule("*", input, weight)]
 
 
+def test_fp8_has_one_scale_per_tensor_and_w4a16_blocks_of_linear_layers():
+    fp8 = QuantDescriptor(num_bits=(4, 3))
+    assert resolve_rules("fp8") == [QuantRule("*", fp8, fp8)]
+    blocks = QuantDescriptor(num_bits=4, axis=0, block_size=128)
+    assert resolve_rules("w4a16") == [QuantRule("*", None, blocks, types=("Linear",))]
+
+
 def test_every_preset_is_tested():
-    assert set(PRESETS) == {"int8", "int8_per_tensor", "int8_weight_only", "w4a8"}
+    assert set(PRESETS) == {"int8", "int8_per_tensor", "int8_weight_only", "w4a8", "w4a16", "fp8"}
     assert (INT8_INPUT.narrow_range, INT8_WEIGHT.narrow_range) == (False, True)
 
 

@@ -84,13 +84,56 @@ def test_what_the_rules_leave_out_is_not_touched():
 
 @pytest.mark.parametrize(
     ("preset", "roles", "bits"),
-    [("int8", 6, {8}), ("int8_per_tensor", 6, {8}), ("int8_weight_only", 3, {8}), ("w4a8", 6, {4, 8})],
+    [("int8", 6, {8}), ("int8_per_tensor", 6, {8}), ("int8_weight_only", 3, {8}), ("w4a8", 6, {4, 8}), ("fp8", 6, {(4, 3)})],
 )
 def test_presets_by_name(preset, roles, bits):
     quantizers = dict(named_quantizers(quantize_(Net(), preset)))
     assert len(quantizers) == roles
     assert {q.num_bits for q in quantizers.values()} == bits
-    assert all(q.num_bits == 8 for name, q in quantizers.items() if name.endswith("input"))
+    assert preset == "fp8" or all(q.num_bits == 8 for name, q in quantizers.items() if name.endswith("input"))
+
+
+def test_w4a16_gives_linear_layers_weights_in_blocks():
+    model = quantize_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 6)), "w4a16")
+    assert names(model) == ["2.weight"]
+    x = torch.randn(2, 3, 8, 8)
+    calibrated(model, x)
+    weight, amax = model[2].weight.detach(), model[2].weight_quantizer.amax
+    blocks = weight.reshape(6, 2, 128)
+    assert torch.equal(amax, blocks.abs().amax(2, keepdim=True))
+    expected = nn.functional.linear(model[:2](x), fake_tensor_quant(blocks, amax, 4).reshape(6, 256), model[2].bias)
+    assert torch.equal(model(x), expected)
+
+
+def test_blocks_that_do_not_fit_a_weight_are_refused_with_its_name():
+    model = nn.Sequential(nn.Linear(256, 200), nn.Linear(200, 6))
+    with pytest.raises(ValueError, match=r"`1.weight`: `block_size` is 128, which does not divide"):
+        quantize_(model, "w4a16")
+    assert not is_quantized(model)
+
+
+POOLED = [QuantRule("*", FOUR, SIX), QuantRule("*", FOUR, types="MaxPool2d")]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([QuantRule("*", FOUR, SIX)], ["0.input", "0.weight"]),
+        ([QuantRule("1", FOUR)], ["1.input"]),
+        (POOLED, ["0.input", "0.weight", "1.input"]),
+        ([*POOLED, QuantRule("*", types=["Conv2d"])], ["1.input"]),
+        ([QuantRule("*", FOUR, types=("MaxPool2d", "AvgPool2d"))], ["1.input", "2.input"]),
+    ],
+)
+def test_pooling_is_quantized_where_a_rule_names_it(rules, expected):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2), nn.AvgPool2d(2))
+    assert names(quantize_(model, rules)) == expected
+    assert [type(m).__name__ for m in dequantize_(model)] == ["Conv2d", "MaxPool2d", "AvgPool2d"]
+
+
+def test_types_that_match_nothing_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'\*' matches no quantizable layer of types Conv3d, Konv"):
+        quantize_(Net(), [QuantRule("*", FOUR, types=["Conv3d", "Konv"])])
 
 
 def test_descriptors_arrive_by_role():

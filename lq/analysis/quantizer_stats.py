@@ -28,12 +28,12 @@ class QuantizerStats:
     @torch.no_grad()
     def update(self, quantizer: TensorQuantizer, x: Tensor, q: Tensor) -> None:
         """Add the values ``x`` and what they became, ``q``. No host synchronisation."""
-        assert quantizer.amax is not None
+        assert quantizer.clipping is not None
         # squares of half precision overflow
         x, q = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, q))
-        outside = x.abs() > quantizer.amax
+        outside = quantizer.blocks(x.abs()) > quantizer.clipping
         if quantizer.unsigned:
-            outside |= x < 0
+            outside |= quantizer.blocks(x < 0)
         count = torch.full((), x.numel(), dtype=torch.float64, device=x.device)
         energies = (t.square().sum(dtype=torch.float64) for t in (x, x - q))
         batch = torch.stack([outside.sum(dtype=torch.float64), count, *energies])
@@ -115,7 +115,8 @@ def _hook(stats: QuantizerStats) -> Any:
         if quantizer.pre_quant_scale is not None:
             x = x * quantizer.pre_quant_scale.to(x.dtype)
         # without fake quantization the output is codes
-        stats.update(quantizer, x, output.detach() if quantizer.fake_quant else output.detach() * scale)
+        q = output.detach() if quantizer.fake_quant else (quantizer.blocks(output.detach()) * scale).reshape(x.shape)
+        stats.update(quantizer, x, q)
 
     return measure
 

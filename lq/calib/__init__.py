@@ -4,5 +4,14 @@ from lq.calib.calibrator import Calibrator
 from lq.calib.histogram import HistogramCalibrator
 from lq.calib.max import MaxCalibrator
 from lq.calib.sync import failing_together, gather, sync_calibrators
+from lq.calib.weights import calibrate_weights
 
-__all__ = ["Calibrator", "HistogramCalibrator", "MaxCalibrator", "failing_together", "gather", "sync_calibrators"]
+__all__ = [
+    "Calibrator",
+    "HistogramCalibrator",
+    "MaxCalibrator",
+    "calibrate_weights",
+    "failing_together",
+    "gather",
+    "sync_calibrators",
+]

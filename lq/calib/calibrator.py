@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lq.functional.amax import Axis, amax_shape, rows_amax, to_rows
+from lq.functional.grid import Bits, check_num_bits
 
 
 class Calibrator(Metric):
@@ -26,13 +27,17 @@ class Calibrator(Metric):
     full_state_update = True
     shape: tuple[int, ...] | None
     peak: Tensor
+    negative: Tensor
 
-    def __init__(self, num_bits: int = 8, axis: Axis = None, unsigned: bool = False) -> None:
+    def __init__(self, num_bits: Bits = 8, axis: Axis = None, unsigned: bool = False) -> None:
         super().__init__(sync_on_compute=False)
+        check_num_bits(num_bits, unsigned)
         self.num_bits, self.axis, self.unsigned = num_bits, axis, unsigned
         self.shape = None
         # float64 holds every magnitude of every dtype; its reduction also brings the peak of other ranks
         self.add_state("peak", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="max")
+        # magnitude of the smallest negative value, looked for only where there should be none
+        self.add_state("negative", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max")
 
     @property
     def collected(self) -> bool:
@@ -58,6 +63,8 @@ class Calibrator(Metric):
         largest = rows_amax(rows)
         self.adopt(shape)
         self.peak = torch.maximum(self.peak, largest)
+        if self.unsigned and rows.numel():
+            self.negative = torch.maximum(self.negative, -rows.amin())
         return rows, largest
 
     def adopt(self, shape: tuple[int, ...]) -> None:

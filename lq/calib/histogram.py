@@ -1,5 +1,6 @@
 """Amax chosen from a histogram of magnitudes."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from lq.calib.calibrator import Calibrator
 from lq.functional import histogram
 from lq.functional.amax import Axis
+from lq.functional.grid import Bits
 from lq.functional.threshold import Search, check_method, threshold
 
 
@@ -22,7 +24,9 @@ class HistogramCalibrator(Calibrator):
         axis: as :class:`Calibrator`; with it, each channel has a histogram of its own.
         unsigned: as :class:`Calibrator`.
         num_bins: resolution over the range in use.
+        grow_method: deprecated in pytorch-quantization, and without a meaning here.
         skip_zeros: leave exact zeros out.
+        torch_hist: pytorch-quantization's choice between torch and NumPy. Counts are the same, and always torch's.
 
     >>> calibrator = HistogramCalibrator()
     >>> calibrator.collect(torch.arange(1000) / 1000)
@@ -35,14 +39,18 @@ class HistogramCalibrator(Calibrator):
 
     def __init__(
         self,
-        num_bits: int = 8,
+        num_bits: Bits = 8,
         axis: Axis = None,
         unsigned: bool = False,
         num_bins: int = 2048,
+        grow_method: str | None = None,
         skip_zeros: bool = False,
+        torch_hist: bool = True,
     ) -> None:
         super().__init__(num_bits, axis, unsigned)
-        self.skip_zeros = skip_zeros
+        if grow_method is not None:
+            warnings.warn(f"`grow_method={grow_method!r}` is deprecated and ignored.", DeprecationWarning, stacklevel=2)
+        self.skip_zeros, self.torch_hist = skip_zeros, torch_hist
         counts, exponent = histogram.empty_histogram(1, histogram.bins_for(num_bins))
         self.add_state("exponent", exponent, dist_reduce_fx="max")
         self.add_state("counts", counts, dist_reduce_fx="sum")
@@ -80,7 +88,7 @@ class HistogramCalibrator(Calibrator):
         Raises:
             ValueError: an unknown method, or an option out of range.
         """
-        check_method(method)
+        check_method(method, self.num_bits)
         search = Search(self.num_bits, self.unsigned, percentile, start_bin, stride)
         if not self.collected:
             return None

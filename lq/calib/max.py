@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lq.calib.calibrator import Calibrator
 from lq.functional.amax import Axis
+from lq.functional.grid import Bits
 
 
 class MaxCalibrator(Calibrator):
@@ -26,7 +27,7 @@ class MaxCalibrator(Calibrator):
     tensor(2.)
     """
 
-    def __init__(self, num_bits: int = 8, axis: Axis = None, unsigned: bool = False, track_amax: bool = False) -> None:
+    def __init__(self, num_bits: Bits = 8, axis: Axis = None, unsigned: bool = False, track_amax: bool = False) -> None:
         super().__init__(num_bits, axis, unsigned)
         self.track_amax = track_amax
         self.amaxs: list[np.ndarray[Any, Any]] = []

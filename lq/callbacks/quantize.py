@@ -39,7 +39,8 @@ class Quantize(Callback):
 
     Raises:
         ValueError: an argument out of range; rules that do not fit the module; bad calibration data.
-        MisconfigurationException: no calibration batch, or one that the module's ``forward`` does not take.
+        MisconfigurationException: ``learn_amax`` without an ``amax`` to start from; no calibration batch, or one that the
+            module's ``forward`` does not take.
     """
 
     def __init__(
@@ -77,6 +78,13 @@ class Quantize(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not has_quantized_layers(pl_module):
             quantize_(pl_module, self.rules)
+        for name, quantizer in named_quantizers(pl_module):
+            if quantizer.quant_desc.learn_amax and quantizer.amax is None:
+                # its parameters would be made after the optimizer, which would never change them
+                raise MisconfigurationException(
+                    f"`{name}` has `learn_amax=True` and no `amax` to start from: give its descriptor an `amax`, or calibrate "
+                    "and call `init_learn_amax()` before the fit."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pending = [quantizer for _, quantizer in named_quantizers(pl_module) if quantizer.amax is None]

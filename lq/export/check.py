@@ -1,27 +1,31 @@
 """What cannot be exported, found before the work, with the names of the quantizers."""
 
+from collections.abc import Container
+
 import torch
 from torch import nn
 
-from lq.functional.amax import integer_bounds
-from lq.nn import QuantMixin, TensorQuantizer
+from lq.functional.grid import Bits, integer_bounds
+from lq.nn import QuantModule, TensorQuantizer
 from lq.surgery import named_quantizers
 
 INT8 = integer_bounds(8, narrow_range=False)
 
 
-def fits_int8(num_bits: int, unsigned: bool) -> bool:
+def fits_int8(num_bits: Bits, unsigned: bool) -> bool:
     """Whether every code is one of int8, the only integer that both ONNX and TensorRT have in Q/DQ of activations.
 
     >>> fits_int8(4, unsigned=False), fits_int8(7, unsigned=True), fits_int8(8, unsigned=True)
     (True, True, False)
     """
+    if isinstance(num_bits, tuple):
+        return False
     low, high = integer_bounds(num_bits, unsigned, narrow_range=False)
     return INT8[0] <= low and high <= INT8[1]
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise ``ValueError`` for quantizers that Q/DQ in int8 cannot express.
+    """Raise ``ValueError`` for quantizers that Q/DQ in int8 cannot express, and weights that are not float32.
 
     >>> from lq.nn import QuantLinear
     >>> check_exportable(nn.Sequential(QuantLinear(2, 2)))
@@ -29,38 +33,44 @@ def check_exportable(model: nn.Module) -> None:
       ...
     ValueError: `0.input`, `0.weight` (2 of 2 quantizers) have no amax: calibrate first, with `lq.calibrating(model)`.
     """
+    check_quantizers(model)
+    for name, module in model.named_modules():
+        for role, weight in module.weights().items() if isinstance(module, QuantModule) else ():
+            if module.quantizers()[role].active and weight.dtype != torch.float32:
+                raise ValueError(
+                    f"`{name}.{role}` is {weight.dtype}: scales are exported in float32, so call `model.float()` first."
+                )
+
+
+def check_quantizers(model: nn.Module, formats: Container[Bits] = ()) -> None:
+    """Raise ``ValueError`` for quantizers that Q/DQ in int8, or in one of the float ``formats``, cannot express."""
     quantizers = dict(named_quantizers(model))
     problems: dict[str, list[str]] = {}
     for name, quantizer in quantizers.items():
-        if problem := _problem(quantizer):
+        if problem := _problem(quantizer, formats):
             problems.setdefault(problem, []).append(name)
     for problem, names in problems.items():
         shown = ", ".join(f"`{name}`" for name in names[:10]) + (", ..." if len(names) > 10 else "")
-        raise ValueError(f"{shown} ({len(names)} of {len(quantizers)} quantizers) {problem}")
-    for name, module in model.named_modules():
-        if isinstance(module, QuantMixin) and module.weight_quantizer.active and _dtype(module) != torch.float32:
-            raise ValueError(
-                f"`{name}.weight` is {_dtype(module)}: scales are exported in float32, so call `model.float()` first."
-            )
+        raise ValueError(f"{shown} ({len(names)} of {len(quantizers)} quantizers) have {problem}")
 
 
-def _problem(quantizer: TensorQuantizer) -> str | None:
+def _problem(quantizer: TensorQuantizer, formats: Container[Bits]) -> str | None:
     desc = quantizer.quant_desc
     if quantizer._if_calib:
-        return "collect statistics: leave `lq.calibrating`, or call `disable_calib()`."
+        return "calibration enabled: leave `lq.calibrating`, or call `disable_calib()`."
     if not quantizer._if_quant:
         return None
     if quantizer.amax is None:
-        return "have no amax: calibrate first, with `lq.calibrating(model)`."
+        return "no amax: calibrate first, with `lq.calibrating(model)`."
     if not desc.fake_quant:
-        return "return integer codes (`fake_quant=False`): export needs `fake_quant=True`."
-    if not fits_int8(desc.num_bits, desc.unsigned):
+        return "`fake_quant=False`: they return integer codes, and export needs `fake_quant=True`."
+    if isinstance(desc.num_bits, tuple) and desc.num_bits not in formats:
+        return f"`num_bits={desc.num_bits}`, a float format that is not exported here."
+    if isinstance(desc.num_bits, int) and not fits_int8(desc.num_bits, desc.unsigned):
         kind, most = ("unsigned", 7) if desc.unsigned else ("signed", 8)
-        return f"have `num_bits={desc.num_bits}`, {kind}: codes must fit into int8, so use at most {most} bits."
+        return f"`num_bits={desc.num_bits}`, {kind}: codes must fit into int8, so use at most {most} bits."
+    if desc.block_size is not None:
+        return f"`block_size={desc.block_size}`: export needs one amax, or one `axis`."
     if (axes := sum(n > 1 for n in quantizer.amax.shape)) > 1:
-        return f"have an amax along {axes} axes: ONNX takes one at most, so choose one `axis`, or None."
+        return f"an amax along {axes} axes: ONNX takes one at most, so choose one `axis`, or None."
     return None
-
-
-def _dtype(module: nn.Module) -> object:
-    return getattr(module.weight, "dtype", None)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.functional.fake_quant import tensor_quant
+from lq.functional.fake_quant import quantize
 from lq.graph import Flow, trace
 from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, QuantMixin, TensorQuantizer
 
@@ -51,7 +51,7 @@ def _takes_factor(module: nn.Module) -> bool:
     if not isinstance(module, OUTPUTS_FIRST) or module._parameters.get("weight") is None:
         return False
     quantizer, amax = module.weight_quantizer, module.weight_quantizer.amax
-    if not quantizer.active or not quantizer.fake_quant or amax is None:
+    if not quantizer.active or not isinstance(quantizer.num_bits, int) or amax is None:
         return False
     return amax.numel() == 1 or (amax.dim() == module.weight.dim() and amax.shape[0] == amax.numel())
 
@@ -101,10 +101,11 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 def _same_codes(quantizer: TensorQuantizer, old: Tensor, new: Tensor, new_amax: Tensor, sign: Tensor) -> bool:
     desc = quantizer.quant_desc
-    grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
     assert quantizer.amax is not None
-    before = tensor_quant(old, quantizer.amax, *grid)[0] * sign
-    return torch.equal(before, tensor_quant(new, new_amax, *grid)[0])
+    assert isinstance(desc.num_bits, int)
+    grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
+    before = quantize(old, quantizer.amax, *grid) * sign
+    return torch.equal(before, quantize(new, new_amax, *grid))
 
 
 def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

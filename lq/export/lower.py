@@ -18,8 +18,8 @@ from torch import Tensor
 from lq.export.check import INT8, fits_int8
 from lq.export.relu import relu_between_codes_
 from lq.export.translate import ATTRIBUTES, DOMAIN
-from lq.functional.amax import integer_bounds, scale_from_amax
-from lq.functional.fake_quant import tensor_quant
+from lq.functional.fake_quant import quantize
+from lq.functional.grid import integer_bounds, scale_from_amax
 
 Grid = tuple[int, bool, bool]
 
@@ -147,7 +147,7 @@ class _Lowering:
     def _weight(self, x: ir.Value, value: Tensor, c: _Constants) -> ir.Node:
         key = (x, c.scale)
         if key not in self.codes:
-            codes, _ = tensor_quant(value, c.amax, *c.grid)
+            codes = quantize(value, c.amax, *c.grid)
             self.codes[key] = self._initializer(f"{c.label}_quantized", codes.to(torch.int8))
         return ir.node("DequantizeLinear", [self.codes[key], c.scale, c.zero_point], c.attributes)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.export.fold import OUTPUTS_FIRST
-from lq.functional.amax import integer_bounds
+from lq.functional.grid import largest_code
 from lq.nn import QuantMixin
 
 # Half of int32's range: the sum of products has to fit beside the bias.
@@ -39,7 +39,7 @@ def _floor(module: QuantMixin, amax: Tensor) -> Tensor | None:
     bias, quantizer = getattr(module, "bias", None), module.input_quantizer
     if not isinstance(bias, Tensor) or not quantizer.active or quantizer.scale is None:
         return None
-    _, qmax = integer_bounds(module.weight_quantizer.num_bits, module.weight_quantizer.unsigned)
+    qmax = largest_code(module.weight_quantizer.num_bits, module.weight_quantizer.unsigned)
     floor = bias.abs().float() / (quantizer.scale.min() * MAX_BIAS_CODE) * qmax
     if amax.numel() == 1:
         return floor.max().reshape(amax.shape)

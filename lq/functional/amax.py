@@ -1,4 +1,4 @@
-"""From a tensor to its ``amax``, and from ``amax`` to the integer grid it spans."""
+"""From a tensor to its ``amax``."""
 
 from collections.abc import Sequence
 
@@ -87,27 +87,3 @@ def reduce_amax(input: Tensor, axis: Axis = None, keepdims: bool = True) -> Tens
     """
     reduced = tuple(range(input.dim())) if axis is None else normalize_axis(axis, input.dim())
     return input.abs().amax(dim=reduced, keepdim=keepdims)
-
-
-def integer_bounds(num_bits: int, unsigned: bool = False, narrow_range: bool = True) -> tuple[int, int]:
-    """Smallest and largest code of a ``num_bits`` integer.
-
-    >>> integer_bounds(8), integer_bounds(8, narrow_range=False), integer_bounds(4, unsigned=True)
-    ((-127, 127), (-128, 127), (0, 15))
-    """
-    if unsigned:
-        return 0, 2**num_bits - 1
-    high = int(2 ** (num_bits - 1)) - 1
-    return (-high if narrow_range else -high - 1), high
-
-
-def scale_from_amax(amax: Tensor, num_bits: int, unsigned: bool = False) -> Tensor:
-    """``amax / qmax``: real units per step, as ONNX and TensorRT mean ``scale``.
-
-    Strictly positive: where ``amax`` is 0 (a dead channel) it is float32's smallest normal number.
-
-    >>> round(scale_from_amax(torch.tensor(12.7), 8).item(), 6)
-    0.1
-    """
-    _, qmax = integer_bounds(num_bits, unsigned)
-    return (amax / qmax).clamp_min(torch.finfo(torch.float32).tiny)

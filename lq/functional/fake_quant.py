@@ -1,8 +1,8 @@
-"""Fake quantization as a ``torch.library`` operator: it trains, compiles, and exports as QuantizeLinear/DequantizeLinear.
+"""Fake quantization as ``torch.library`` operators: they train, compile, and export as QuantizeLinear/DequantizeLinear.
 
 The arithmetic is ONNX's, ``clamp(round(x / scale)) * scale`` with ``scale = amax / qmax`` and ties to even, so that what is
 trained is what is deployed, to the last code. (pytorch-quantization multiplies by ``qmax / amax``, which differs by one code
-at some ties.)
+at some ties: :mod:`lq.functional.legacy`.)
 """
 
 from typing import Any
@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq.functional.amax import integer_bounds, scale_from_amax
+from lq.functional.checks import checked_amax
+from lq.functional.grid import FLOAT_FORMATS, Bits, check_num_bits, integer_bounds, largest_code, scale_from_amax
 
 INFINITY = float("inf")
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in the dtype that quantization computes in: float32, or float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
@@ -20,9 +26,12 @@ def _codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
     return torch.div(x, scale).round_().clamp_(*bounds)
 
 
+# Integers
+
+
 @torch.library.custom_op("lq::fake_quant", mutates_args=())
 def _fake_quant(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = widened(x)
     scale = scale_from_amax(amax.to(wide.dtype), num_bits, unsigned)
     return _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range)).mul_(scale).to(x.dtype)
 
@@ -32,8 +41,52 @@ def _(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool
     return torch.empty_like(x)
 
 
+def _save_range(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, amax, _, ctx.unsigned, _ = inputs
+    ctx.save_for_backward(x, amax)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    x, amax = ctx.saved_tensors
+    return fake_quant_backward(grad, x, amax, ctx.unsigned), None, None, None, None
+
+
+_fake_quant.register_autograd(_backward, setup_context=_save_range)
+
+
+# Floats
+
+
+@torch.library.custom_op("lq::fake_quant_float", mutates_args=())
+def _fake_quant_float(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits: int) -> Tensor:
+    wide, bits = widened(x), (exponent_bits, mantissa_bits)
+    scale, largest = scale_from_amax(amax.to(wide.dtype), bits), largest_code(bits)
+    # E4M3 has no infinity: a cast beyond its largest number gives NaN
+    return torch.div(wide, scale).clamp_(-largest, largest).to(FLOAT_FORMATS[bits]).to(wide.dtype).mul_(scale).to(x.dtype)
+
+
+@_fake_quant_float.register_fake
+def _(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_float_range(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward_float(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return fake_quant_backward(grad, *ctx.saved_tensors, False), None, None, None
+
+
+_fake_quant_float.register_autograd(_backward_float, setup_context=_save_float_range)
+
+
+# The straight-through estimator, for both
+
+
 @torch.library.custom_op("lq::fake_quant_backward", mutates_args=())
-def _fake_quant_backward(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
+def fake_quant_backward(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
+    """``grad`` where ``-amax <= x <= amax`` (``0 <= x <= amax`` if unsigned), else 0."""
     if x.device.type == "cpu" and amax.numel() == 1:
         # hardtanh leaves its own bounds out, the straight-through estimator keeps them: step one float outwards
         high = torch.nextafter(amax.to(x.dtype), amax.new_tensor(INFINITY, dtype=x.dtype)).item()
@@ -44,26 +97,55 @@ def _fake_quant_backward(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) 
     return grad.masked_fill(outside | (x < 0) if unsigned else outside, 0)
 
 
-@_fake_quant_backward.register_fake
+@fake_quant_backward.register_fake
 def _(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
     return torch.empty_like(grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, amax, _, ctx.unsigned, _ = inputs
-    ctx.save_for_backward(x, amax)
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, amax: Tensor, outputs: Tensor, unsigned: bool) -> Tensor:
+        ctx.save_for_backward(inputs, amax)
+        ctx.unsigned = unsigned
+        return outputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return fake_quant_backward(grad, *ctx.saved_tensors, ctx.unsigned), None, None, None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    x, amax = ctx.saved_tensors
-    return _fake_quant_backward(grad, x, amax, ctx.unsigned), None, None, None, None
+def straight_through(inputs: Tensor, amax: Tensor, outputs: Tensor, unsigned: bool) -> Tensor:
+    """``outputs``, whose gradient goes to ``inputs`` as it is, within ``amax``."""
+    result: Tensor = _StraightThrough.apply(inputs, amax, outputs, unsigned)  # type: ignore[no-untyped-call]
+    return result
 
 
-_fake_quant.register_autograd(_backward, setup_context=_setup_context)
+# For callers
+
+
+@torch.no_grad()
+def quantize(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool = False, narrow_range: bool = True) -> Tensor:
+    """Integer codes of which :func:`fake_tensor_quant` returns the real values, in the dtype of ``x``, without a gradient.
+
+    >>> quantize(torch.tensor([0.1, -0.26, 3.0]), torch.tensor(1.27), 8)
+    tensor([ 10., -26., 127.])
+    """
+    wide = widened(x)
+    scale = scale_from_amax(amax.to(wide.dtype), num_bits, unsigned)
+    return _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range)).to(x.dtype)
+
+
+def fake_quant(x: Tensor, amax: Tensor, num_bits: Bits, unsigned: bool, narrow_range: bool) -> Tensor:
+    """:func:`fake_tensor_quant` to any grid, without a look at the values: quantizers call it in every step."""
+    if isinstance(num_bits, tuple):
+        result: Tensor = _fake_quant_float(x, amax, *num_bits)
+        return result
+    result = _fake_quant(x, amax, num_bits, unsigned, narrow_range)
+    return result
 
 
 def fake_tensor_quant(
-    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
+    inputs: Tensor, amax: Tensor | float, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
 ) -> Tensor:
     """Round ``inputs`` to the grid that ``amax`` spans, and return the real values of the codes.
 
@@ -72,29 +154,39 @@ def fake_tensor_quant(
 
     Args:
         inputs: any shape, floating; half precision is computed in float32 and returned in its own dtype.
-        amax: float, ``()`` or broadcastable to ``inputs``.
-        num_bits: width of the integer.
+        amax: float, ``()`` or broadcastable to ``inputs``. Where it is 0, outputs are 0.
+        num_bits: width of the integer, 2 to 32.
         unsigned: use ``[0, 2**num_bits - 1]``.
         narrow_range: leave out the most negative code: ``[-127, 127]`` in place of ``[-128, 127]``.
+
+    Raises:
+        ValueError: ``num_bits`` out of range, or an amax that is negative, NaN, infinite, or does not broadcast to ``inputs``.
+        TypeError: negative inputs with ``unsigned``. Both look at the values, which makes a GPU wait.
 
     >>> fake_tensor_quant(torch.tensor([0.1, -0.26, 3.0]), torch.tensor(1.27))
     tensor([ 0.1000, -0.2600,  1.2700])
     """
-    output: Tensor = _fake_quant(inputs, amax, num_bits, unsigned, narrow_range)
-    return output
+    return fake_quant(inputs, checked_amax(inputs, amax, num_bits, unsigned), num_bits, unsigned, narrow_range)
 
 
-@torch.no_grad()
-def tensor_quant(
-    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Integer codes of ``inputs``, held in its floating dtype, and NVIDIA's scale ``qmax / amax``: ``codes / scale`` dequantizes.
+def scaled_e4m3(inputs: Tensor, amax: Tensor | float | None = None, exponent_bits: int = 4, mantissa_bits: int = 3) -> Tensor:
+    """Round ``inputs`` to FP8 with ``amax`` at the format's largest number, 448 for E4M3: a cast of ``inputs * 448 / amax``.
 
-    >>> codes, scale = tensor_quant(torch.tensor([0.1, -0.26, 3.0]), torch.tensor(1.27))
-    >>> codes, round(scale.item(), 3)
-    (tensor([  10.,  -26.,  127.]), 100.0)
+    Gradients as :func:`fake_tensor_quant`. The format is that of Micikevicius et al., 2022, arXiv:2209.05433, table 1.
+
+    Args:
+        inputs: any shape, floating.
+        amax: as :func:`fake_tensor_quant`; ``None`` is 448, a plain cast that saturates.
+        exponent_bits: 4; or 5, with 2 bits of mantissa.
+        mantissa_bits: 3, or 2.
+
+    Raises:
+        ValueError: another format, or a bad ``amax``.
+
+    >>> scaled_e4m3(torch.tensor([0.3, 1.1, 500.0])).tolist(), scaled_e4m3(torch.tensor([0.3, 1.1]), 1.0)
+    ([0.3125, 1.125, 448.0], tensor([0.2857, 1.0000]))
     """
-    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-    scale = scale_from_amax(amax.to(wide.dtype), num_bits, unsigned)
-    codes = _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range))
-    return codes.to(inputs.dtype), scale.reciprocal()
+    bits = (exponent_bits, mantissa_bits)
+    check_num_bits(bits)
+    amax = checked_amax(inputs, largest_code(bits) if amax is None else amax, bits, floats=True)
+    return fake_quant(inputs, amax, bits, unsigned=False, narrow_range=True)

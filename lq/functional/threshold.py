@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lq.functional.amax import integer_bounds
+from lq.functional.grid import Bits, integer_bounds
 
 # Candidates are worked off in slices that keep the largest temporary near 64 MiB of float64.
 SLICE = 2**23
@@ -29,7 +29,7 @@ class Search:
         stride: bins between candidates.
     """
 
-    num_bits: int = 8
+    num_bits: Bits = 8
     unsigned: bool = False
     percentile: float = 99.99
     start_bin: int = 128
@@ -40,6 +40,12 @@ class Search:
             raise ValueError(f"`percentile` is {self.percentile}: it must lie in [0, 100].")
         if self.start_bin < 1 or self.stride < 1:
             raise ValueError(f"`start_bin` is {self.start_bin} and `stride` {self.stride}: both must be at least 1.")
+
+    @property
+    def integer_bits(self) -> int:
+        """``num_bits``, for methods that only know integers."""
+        assert isinstance(self.num_bits, int)
+        return self.num_bits
 
 
 Method = Callable[[Tensor, Search], Tensor]
@@ -76,7 +82,7 @@ def mse(counts: Tensor, search: Search) -> Tensor:
     :math:`\\sum_b c_b (x_b - s\\,\\mathrm{clamp}(\\mathrm{round}(x_b / s)))^2`
     (Sung et al., 2015, arXiv:1511.06488, eq. 3; NVIDIA pytorch-quantization ``_compute_amax_mse``).
     """
-    _, qmax = integer_bounds(search.num_bits, search.unsigned)
+    _, qmax = integer_bounds(search.integer_bits, search.unsigned)
     c = counts.double()
     centre = torch.arange(counts.shape[1], dtype=torch.float64, device=counts.device) + 0.5
     count, first, second = _prefix(c), _prefix(c * centre), (c * centre.square()).sum(dim=1, keepdim=True)
@@ -103,7 +109,7 @@ def entropy(counts: Tensor, search: Search) -> Tensor:
     inference with TensorRT", GTC 2017; NVIDIA pytorch-quantization ``_compute_amax_entropy``). Both are normalised. The first
     bin counts as the second one does, so that a spike of zeros does not decide; of equal candidates the largest wins.
     """
-    levels = 2 ** (search.num_bits - (not search.unsigned))
+    levels = 2 ** (search.integer_bits - (not search.unsigned))
     c = counts.double().clone()
     c[:, 0] = c[:, 1]
     log = torch.special.xlogy
@@ -154,10 +160,16 @@ METHODS: dict[str, Method] = {
 }
 
 
-def check_method(method: str) -> None:
-    """Raise ``ValueError`` for a method that does not exist."""
+# Methods that count the levels of an integer.
+SEARCHES = ("mse", "entropy")
+
+
+def check_method(method: str, num_bits: Bits = 8) -> None:
+    """Raise ``ValueError`` for a method that does not exist, or not for ``num_bits``."""
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}: choose one of {', '.join(METHODS)}.")
+    if method in SEARCHES and not (isinstance(num_bits, int) and num_bits <= 16):
+        raise ValueError(f"`method` is {method!r}, for integers of 2 to 16 bits, but `num_bits` is {num_bits}: use 'max'.")
 
 
 @torch.no_grad()
@@ -178,7 +190,8 @@ def threshold(counts: Tensor, width: Tensor, peak: Tensor, method: str, search: 
     >>> threshold(counts, torch.tensor([0.5]), torch.tensor([1.7]), "percentile", Search(percentile=99))
     tensor([1.])
     """
-    check_method(method)
-    edge = METHODS[method](counts, search or Search())
+    search = search or Search()
+    check_method(method, search.num_bits)
+    edge = METHODS[method](counts, search)
     amax = torch.minimum((edge * width).to(peak.dtype), peak)
     return torch.where(counts.sum(dim=1) > 0, amax, peak)

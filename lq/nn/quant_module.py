@@ -13,51 +13,90 @@ from torch import Tensor, nn
 from lq.descriptor import INT8_WEIGHT, QuantDescriptor
 from lq.nn.tensor_quantizer import TensorQuantizer
 
-QUANT_MODULES: dict[type[nn.Module], type["QuantInputMixin"]] = {}
+QUANT_MODULES: dict[type[nn.Module], type["QuantModule"]] = {}
+# Float classes that a rule quantizes only if it names the class or the module.
+ON_REQUEST: set[type[nn.Module]] = set()
 
-M = TypeVar("M", bound=type["QuantInputMixin"])
+M = TypeVar("M", bound=type["QuantModule"])
 
 
-def register(float_class: type[nn.Module]) -> Callable[[M], M]:
-    """Class decorator: :func:`lq.quantize_` turns modules of exactly ``float_class`` into the decorated class."""
+def register(float_class: type[nn.Module], *, by_default: bool = True) -> Callable[[M], M]:
+    """Class decorator: :func:`lq.quantize_` turns modules of exactly ``float_class`` into the decorated class.
+
+    Args:
+        float_class: a class that the decorated one subclasses.
+        by_default: every rule applies to it; else only one that names the class in ``types``, or the module in full.
+
+    Raises:
+        TypeError: the decorated class does not subclass ``float_class`` and a mixin.
+    """
 
     def decorate(quant_class: M) -> M:
-        if not issubclass(quant_class, float_class):
-            raise TypeError(f"{quant_class.__name__} must subclass {float_class.__name__}, whose modules it takes over.")
+        if not issubclass(quant_class, float_class) or not issubclass(quant_class, QuantModule):
+            raise TypeError(
+                f"{quant_class.__name__} must subclass {float_class.__name__}, whose modules it takes over, and QuantMixin or "
+                "QuantInputMixin."
+            )
         QUANT_MODULES[float_class] = quant_class
+        (ON_REQUEST.discard if by_default else ON_REQUEST.add)(float_class)
         return quant_class
 
     return decorate
 
 
-class QuantInputMixin(nn.Module):
-    """A module whose input is quantized. Subclass it before the float class, and quantize in ``forward``.
+class QuantModule(nn.Module):
+    """A module with quantizers of its own: children named ``<role>_quantizer``; one that quantizes a weight has its name as role.
 
-    Descriptors come as the keyword ``quant_desc_input`` after the float class's own arguments, or from the class's default.
+    Descriptors come as keywords after the float class's own arguments, or from the class's defaults. The mixins below make the
+    common quantizers; other classes make theirs in :meth:`init_quantizer`.
     """
 
-    default_quant_desc_input: ClassVar[QuantDescriptor] = QuantDescriptor()
-    quant_desc_keywords: ClassVar[tuple[str, ...]] = ("quant_desc_input",)
-    input_quantizer: TensorQuantizer
+    default_quant_desc_input: ClassVar[QuantDescriptor | None] = QuantDescriptor()
+    default_quant_desc_weight: ClassVar[QuantDescriptor | None] = INT8_WEIGHT
+    quant_desc_keywords: ClassVar[tuple[str, ...]] = ("quant_desc_input", "quant_desc_weight")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        descs = {key: kwargs.pop(key, getattr(self, f"default_{key}")) for key in self.quant_desc_keywords}
+        keywords = self.quant_desc_keywords
+        descs = {key: kwargs.pop(key, getattr(self, f"default_{key}")) for key in keywords}
         super().__init__(*args, **kwargs)
-        self.init_quantizers(*descs.values())
+        self.init_quantizer(**descs)
 
-    def init_quantizers(self, input: QuantDescriptor | None) -> None:
-        """Create the quantizers; ``None`` makes one that is disabled."""
-        self.input_quantizer = _quantizer(input)
+    def init_quantizer(
+        self, quant_desc_input: QuantDescriptor | None = None, quant_desc_weight: QuantDescriptor | None = None
+    ) -> None:
+        """Create the quantizers; ``None`` makes them disabled."""
+
+    def make_quantizers(self, desc: QuantDescriptor | None, *roles: str) -> None:
+        """Create a quantizer for each role, on the module's device; disabled ones if ``desc`` is ``None``."""
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        for role in roles:
+            quantizer = TensorQuantizer(disabled=True) if desc is None else TensorQuantizer(_checked(desc))
+            setattr(self, f"{role}_quantizer", quantizer.to(device))
 
     def quantizers(self) -> dict[str, TensorQuantizer]:
         """Quantizers by role: ``input``, ``weight``."""
-        roles = [key.removeprefix("quant_desc_") for key in self.quant_desc_keywords]
-        return {role: getattr(self, f"{role}_quantizer") for role in roles}
+        children = self._modules.items()
+        return {name.removesuffix("_quantizer"): m for name, m in children if isinstance(m, TensorQuantizer)}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights that are quantized, by role."""
+        values = {role: getattr(self, role, None) for role in self.quantizers()}
+        return {role: value for role, value in values.items() if isinstance(value, Tensor)}
+
+    @property
+    def idle(self) -> bool:
+        """Whether no quantizer has anything to do, so that the float class may compute."""
+        return all(q.idle for q in self.quantizers().values())
 
     @classmethod
     def set_default_quant_desc_input(cls, value: QuantDescriptor) -> None:
         """Set the descriptor of inputs for modules of this class that are made from now on."""
         cls.default_quant_desc_input = _checked(value)
+
+    @classmethod
+    def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
+        """Set the descriptor of weights for modules of this class that are made from now on."""
+        cls.default_quant_desc_weight = _checked(value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # pytorch-quantization names its quantizers with a leading underscore
@@ -67,22 +106,68 @@ class QuantInputMixin(nn.Module):
                 state_dict[f"{prefix}{role}_quantizer.{key.removeprefix(old)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    # pytorch-quantization's names, for a forward that was written with them
+
+    @property
+    def _input_quantizer(self) -> nn.Module | None:
+        return self._modules["input_quantizer"]
+
+    @property
+    def _weight_quantizer(self) -> nn.Module | None:
+        return self._modules["weight_quantizer"]
+
+
+class QuantInputMixin(QuantModule):
+    """A module whose input is quantized: its ``forward`` passes the input through ``input_quantizer``.
+
+    >>> class QuantTanh(QuantInputMixin, nn.Tanh):
+    ...     def forward(self, input):
+    ...         return super().forward(self.input_quantizer(input))
+    >>> QuantTanh(quant_desc_input=QuantDescriptor(amax=1.27))(torch.tensor([0.0991]))
+    tensor([0.0997])
+    """
+
+    quant_desc_keywords: ClassVar[tuple[str, ...]] = ("quant_desc_input",)
+    input_quantizer: TensorQuantizer
+
+    def init_quantizer(
+        self, quant_desc_input: QuantDescriptor | None = None, quant_desc_weight: QuantDescriptor | None = None
+    ) -> None:
+        self.make_quantizers(quant_desc_input, "input")
+
 
 class QuantMixin(QuantInputMixin):
-    """A module whose input and ``weight`` are quantized."""
+    """A module whose input and ``weight`` are quantized: its ``forward`` passes them through their quantizers."""
 
-    default_quant_desc_weight: ClassVar[QuantDescriptor] = INT8_WEIGHT
-    quant_desc_keywords: ClassVar[tuple[str, ...]] = ("quant_desc_input", "quant_desc_weight")
+    quant_desc_keywords = ("quant_desc_input", "quant_desc_weight")
     weight_quantizer: TensorQuantizer
 
-    def init_quantizers(self, input: QuantDescriptor | None, weight: QuantDescriptor | None = None) -> None:
-        super().init_quantizers(input)
-        self.weight_quantizer = _quantizer(weight)
+    def init_quantizer(
+        self, quant_desc_input: QuantDescriptor | None = None, quant_desc_weight: QuantDescriptor | None = None
+    ) -> None:
+        super().init_quantizer(quant_desc_input)
+        self.make_quantizers(quant_desc_weight, "weight")
 
-    @classmethod
-    def set_default_quant_desc_weight(cls, value: QuantDescriptor) -> None:
-        """Set the descriptor of weights for modules of this class that are made from now on."""
-        cls.default_quant_desc_weight = _checked(value)
+
+def pop_quant_desc_in_kwargs(quant_cls: type[QuantModule], input_only: bool = False, **kwargs: Any) -> Any:
+    """Descriptors out of the keywords of a constructor, or the defaults of ``quant_cls``.
+
+    So the tutorial of pytorch-quantization writes the ``__init__`` of a custom module; the mixins bring one.
+
+    Returns:
+        The descriptor of the input, and, unless ``input_only``, that of the weight.
+
+    Raises:
+        ValueError: keywords that are left over (named).
+
+    >>> pop_quant_desc_in_kwargs(QuantInputMixin, input_only=True, quant_desc_input=QuantDescriptor(num_bits=4)).num_bits
+    4
+    """
+    keywords = QuantInputMixin.quant_desc_keywords if input_only else QuantMixin.quant_desc_keywords
+    descs = tuple(kwargs.pop(key, getattr(quant_cls, f"default_{key}")) for key in keywords)
+    if kwargs:
+        raise ValueError(f"Unused keys {', '.join(map(repr, kwargs))}: {quant_cls.__name__} takes {', '.join(keywords)}.")
+    return descs[0] if input_only else descs
 
 
 def _checked(value: Any) -> QuantDescriptor:
@@ -91,44 +176,45 @@ def _checked(value: Any) -> QuantDescriptor:
     return value
 
 
-def _quantizer(desc: QuantDescriptor | None) -> TensorQuantizer:
-    return TensorQuantizer(disabled=True) if desc is None else TensorQuantizer(_checked(desc))
-
-
 # From float to quantized and back
 
 
 def is_quantizable(module: nn.Module) -> bool:
     """Whether :func:`to_quantized_` takes a module: a registered float class, or a quantized one that computes in float."""
-    if isinstance(module, QuantInputMixin):
+    if isinstance(module, QuantModule) and type(module) not in QUANT_MODULES:
         return type(module) in QUANT_MODULES.values() and all(q._disabled for q in module.quantizers().values())
     return type(module) in QUANT_MODULES
 
 
-def to_quantized_(
-    module: nn.Module, input: QuantDescriptor | None = None, weight: QuantDescriptor | None = None
-) -> QuantInputMixin:
+def float_class_of(module: nn.Module) -> type[nn.Module]:
+    """The registered class that a module has, or had before it was quantized."""
+    return next((f for f, q in QUANT_MODULES.items() if q is type(module)), type(module))
+
+
+def to_quantized_(module: nn.Module, input: QuantDescriptor | None = None, weight: QuantDescriptor | None = None) -> QuantModule:
     """Make a float module a quantized one, in place; a SmoothQuant factor on its input stays."""
     factor = module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
-    if not isinstance(module, QuantInputMixin):
+    if not isinstance(module, QuantModule):
         module.__class__ = QUANT_MODULES[type(module)]
-    assert isinstance(module, QuantInputMixin)
-    module.init_quantizers(*([input, weight] if isinstance(module, QuantMixin) else [input]))
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    for quantizer in module.quantizers().values():
-        quantizer.to(device)
-    module.input_quantizer.pre_quant_scale = factor
+    assert isinstance(module, QuantModule)
+    module.init_quantizer(input, weight)
+    if isinstance(module, QuantInputMixin):
+        module.input_quantizer.pre_quant_scale = factor
     return module
 
 
 def to_float_(module: nn.Module) -> nn.Module:
     """Make a quantized module a float one again, in place; a factor on its input moves into the weight."""
-    assert isinstance(module, QuantInputMixin)
-    if (factor := module.input_quantizer.pre_quant_scale) is not None:
+    assert isinstance(module, QuantModule)
+    if isinstance(module, QuantInputMixin) and (factor := module.input_quantizer.pre_quant_scale) is not None:
         scale_input_channels_(module, factor.flatten())
+    if type(module) in QUANT_MODULES:  # an operation has no float class
+        module.init_quantizer()
+        return module
+    float_class = float_class_of(module)
     for role in module.quantizers():
         delattr(module, f"{role}_quantizer")
-    module.__class__ = next(f for f, q in QUANT_MODULES.items() if q is type(module))  # type: ignore[assignment]
+    module.__class__ = float_class  # type: ignore[assignment]
     return module
 
 

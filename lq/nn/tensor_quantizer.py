@@ -8,20 +8,33 @@ from torch import Tensor, nn
 
 from lq.calib import Calibrator, HistogramCalibrator, MaxCalibrator
 from lq.descriptor import QuantDescriptor
-from lq.functional.amax import compute_amax, scale_from_amax
-from lq.functional.fake_quant import fake_tensor_quant, tensor_quant
+from lq.functional.amax import Axis, amax_shape, compute_amax
+from lq.functional.blocks import block_axis, split_blocks
+from lq.functional.checks import check_broadcast, check_not_negative, check_values
+from lq.functional.fake_quant import fake_quant, quantize, straight_through
+from lq.functional.grid import Bits, scale_from_amax
+from lq.nn.clip import Clip
+from lq.nn.describe import describe
+from lq.nn.switches import Switches
 
 BUFFERS = ("_amax", "_pre_quant_scale")
+# Fields of a descriptor that decide which statistics are collected.
+STATISTICS = ("axis", "block_size", "calib_method", "num_bins")
 
 
 def make_calibrator(desc: QuantDescriptor) -> Calibrator:
     """The calibrator that a descriptor asks for."""
     if desc.calib_method == "histogram":
-        return HistogramCalibrator(desc.num_bits, desc.axis, desc.unsigned, desc.num_bins)
-    return MaxCalibrator(desc.num_bits, desc.axis, desc.unsigned)
+        return HistogramCalibrator(desc.num_bits, _kept_axis(desc), desc.unsigned, desc.num_bins)
+    return MaxCalibrator(desc.num_bits, _kept_axis(desc), desc.unsigned)
 
 
-class TensorQuantizer(nn.Module):
+def _kept_axis(desc: QuantDescriptor) -> Axis:
+    """Axis of what the calibrator sees: the tensor, or its blocks."""
+    return desc.axis if desc.block_size is None else block_axis(desc.axis)
+
+
+class TensorQuantizer(Switches, nn.Module):
     """Quantizes a tensor as its descriptor says; collects statistics while calibration is enabled.
 
     ``amax`` and ``pre_quant_scale`` are buffers that stay float32 on every cast of the module, are ``None`` until set, and
@@ -31,12 +44,14 @@ class TensorQuantizer(nn.Module):
         quant_desc: what to do.
         disabled: neither quantize nor collect.
         if_quant: quantize.
+        if_clip: clip, to the range that is learned.
         if_calib: collect statistics.
 
     Attributes:
+        calibrator: collects the statistics.
+        clip: the range that is learned, with ``learn_amax``, once there is an amax to start from.
         dynamic: while there is no amax, take that of each input (as pytorch-quantization does). Quantizers placed by
             :func:`lq.quantize_` have it off, and pass their input through until they are calibrated.
-        frozen: amax must not change any more (see :func:`lq.freeze_`).
 
     >>> quantizer = TensorQuantizer(QuantDescriptor(amax=1.27))
     >>> quantizer(torch.tensor([0.101, 3.0]))
@@ -47,75 +62,121 @@ class TensorQuantizer(nn.Module):
 
     _amax: Tensor | None
     _pre_quant_scale: Tensor | None
+    calibrator: Calibrator
+    clip: Clip | None
+    # stands for fake quantization while lq.export.enable_onnx_export is at work: given the inputs and their amax
+    _on_export: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
         quant_desc: QuantDescriptor | None = None,
         disabled: bool = False,
         if_quant: bool = True,
+        if_clip: bool = False,
         if_calib: bool = False,
     ) -> None:
         super().__init__()
-        self.quant_desc = quant_desc or QuantDescriptor()
         self._disabled, self._if_quant, self._if_calib = disabled, if_quant, if_calib
         self.dynamic = True
-        self.frozen = False
+        self._frozen = False
+        self._fits = False
         for name in BUFFERS:
             self.register_buffer(name, None)
+        self.register_module("clip", None)
+        self._quant_desc = quant_desc or QuantDescriptor()
         self.calibrator = make_calibrator(self.quant_desc)
         if self.quant_desc.amax is not None:
             self.amax = torch.tensor(self.quant_desc.amax)
+            if self.quant_desc.learn_amax:
+                self.init_learn_amax()
+        self._if_clip = False
+        if if_clip:
+            self.enable_clip()
 
-    # What the quantizer is set to do
+    # What it learns
 
-    def enable(self) -> None:
-        """Take part again after :meth:`disable`."""
-        self._disabled = False
+    def enable_clip(self) -> None:
+        """Clip to the learned range also where nothing is quantized: a stage that learns it before quantization starts.
 
-    def disable(self) -> None:
-        """Neither quantize nor collect, whatever else is set."""
-        self._disabled = True
+        Raises:
+            RuntimeError: the descriptor has no ``learn_amax``.
+        """
+        self._require_learn_amax()
+        self._if_clip = True
 
-    def enable_quant(self) -> None:
-        """Quantize."""
-        self._if_quant = True
+    def disable_clip(self) -> None:
+        """Clip only where quantization does."""
+        self._if_clip = False
 
-    def disable_quant(self) -> None:
-        """Do not quantize; statistics are still collected if calibration is enabled."""
-        self._if_quant = False
+    def init_learn_amax(self) -> None:
+        """Learn amax from now on, starting at the one that is set. Do this before the optimizer is made.
 
-    def enable_calib(self) -> None:
-        """Collect statistics in every forward."""
-        self._if_calib = True
+        Raises:
+            RuntimeError: the descriptor has no ``learn_amax``, or there is no amax yet.
+        """
+        self._require_learn_amax()
+        if self._amax is None:
+            raise RuntimeError("There is no amax to start learning from: calibrate first, or give the descriptor one.")
+        amax, self._amax = self._amax, None
+        self._learn(-amax, amax)
 
-    def disable_calib(self) -> None:
-        """Stop collecting statistics; those at hand stay."""
-        self._if_calib = False
+    def _require_learn_amax(self) -> None:
+        if not self.quant_desc.learn_amax:
+            raise RuntimeError("`learn_amax` is False in the quantizer's descriptor: there is no range to learn or clip to.")
+
+    def _learn(self, low: Tensor, high: Tensor) -> None:
+        low = low.clamp_min(0) if self.unsigned else low
+        self.clip = Clip(low, high, learn_min=not self.unsigned, learn_max=True)
+        self.clip.requires_grad_(not self._frozen)
 
     # What it holds
 
     @property
     def amax(self) -> Tensor | None:
-        """Clipping magnitude: float32, ``()`` per tensor, else broadcastable to the input; ``None`` until set."""
+        """Clipping magnitude: float32, ``()`` per tensor, else broadcastable to the input (or its :meth:`blocks`); the learned
+        one if there is; ``None`` until set."""
+        if self._amax is None and self.clip is not None:
+            return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
         return self._amax
 
     @amax.setter
     def amax(self, value: Tensor | float | None) -> None:
-        if self.frozen:
+        if self._frozen:
             raise RuntimeError("The quantizer is frozen, its amax must not change: call `lq.unfreeze_` first.")
         if value is None:
-            self._amax = None
+            self._amax = self.clip = None
             return
         amax = torch.as_tensor(value).detach().to(self.calibrator.device, torch.float32)
-        if not bool(((amax >= 0) & amax.isfinite()).all()):
-            raise ValueError(f"`amax` must be finite and not negative, found {amax.tolist()}.")
-        if self._amax is not None and self._amax.shape != amax.shape:
-            raise ValueError(f"`amax` has shape {tuple(amax.shape)}, but {tuple(self._amax.shape)} is set: set None first.")
-        if self._amax is None:
+        check_values(amax)
+        present = self.amax
+        if present is not None and present.shape != amax.shape:
+            raise ValueError(f"`amax` has shape {tuple(amax.shape)}, but {tuple(present.shape)} is set: set None first.")
+        if self.clip is not None:
+            with torch.no_grad():
+                self.clip.clip_value_max.copy_(amax)
+                self.clip.clip_value_min.copy_(-amax if not self.unsigned else 0 * amax)
+        elif self._amax is None:
+            self._fits = False
             with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
                 self._amax = amax.clone()
         else:  # in place, so that whatever holds the buffer sees the new value
             self._amax.copy_(amax)
+
+    @property
+    def clipping(self) -> Tensor | None:
+        """Where values are clipped: ``amax``, times the descriptor's ``scale_amax``."""
+        return None if self.amax is None else self._scaled(self.amax)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether amax must not change any more, nor be learned (see :func:`lq.freeze_`)."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        self._frozen = value
+        if self.clip is not None:
+            self.clip.requires_grad_(not value)
 
     @property
     def pre_quant_scale(self) -> Tensor | None:
@@ -128,8 +189,22 @@ class TensorQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor | None:
-        """``amax / qmax``: real units per step."""
-        return None if self._amax is None else scale_from_amax(self._amax, self.num_bits, self.unsigned)
+        """``clipping / qmax``: real units per step; ``None`` while there is no amax."""
+        return None if self.clipping is None else scale_from_amax(self.clipping, self.num_bits, self.unsigned)
+
+    step_size = scale
+
+    @property
+    def quant_desc(self) -> QuantDescriptor:
+        """What the quantizer does. Another descriptor keeps amax and, if it collects the same, the statistics."""
+        return self._quant_desc
+
+    @quant_desc.setter
+    def quant_desc(self, value: QuantDescriptor) -> None:
+        if any(getattr(value, name) != getattr(self._quant_desc, name) for name in STATISTICS):
+            self.calibrator = make_calibrator(value).to(self.calibrator.device)
+        self._quant_desc, self._fits = value, False
+        self.calibrator.num_bits, self.calibrator.unsigned = value.num_bits, value.unsigned
 
     @property
     def axis(self) -> int | tuple[int, ...] | None:
@@ -137,14 +212,22 @@ class TensorQuantizer(nn.Module):
         return self.quant_desc.axis
 
     @property
-    def num_bits(self) -> int:
-        """Width of the integer."""
+    def num_bits(self) -> Bits:
+        """Width of the integer, or the float format. Can be set."""
         return self.quant_desc.num_bits
+
+    @num_bits.setter
+    def num_bits(self, value: Bits) -> None:
+        self.quant_desc = self.quant_desc.replace(num_bits=value)
 
     @property
     def unsigned(self) -> bool:
-        """Whether codes start at 0."""
+        """Whether codes start at 0. Can be set."""
         return self.quant_desc.unsigned
+
+    @unsigned.setter
+    def unsigned(self, value: bool) -> None:
+        self.quant_desc = self.quant_desc.replace(unsigned=value)
 
     @property
     def fake_quant(self) -> bool:
@@ -154,7 +237,22 @@ class TensorQuantizer(nn.Module):
     @property
     def active(self) -> bool:
         """Whether the next forward would quantize."""
-        return not self._disabled and self._if_quant and (self.dynamic or self._amax is not None)
+        return not self._disabled and self._if_quant and (self.dynamic or self.amax is not None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next forward would return its input and look at nothing."""
+        works = self.active or self._if_calib or (self._if_clip and self.clip is not None)
+        return self._pre_quant_scale is None and (self._disabled or not works)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether calibration leaves amax alone: it is frozen, learned, or given by the descriptor."""
+        return self._frozen or self.clip is not None or self.quant_desc.amax is not None
+
+    @property
+    def _calibrator(self) -> Calibrator:
+        return self.calibrator  # pytorch-quantization's name
 
     def load_calib_amax(self, *args: Any, strict: bool = True, **kwargs: Any) -> None:
         """Set amax from the calibrator's statistics; arguments go to its ``compute_amax``.
@@ -171,25 +269,73 @@ class TensorQuantizer(nn.Module):
     # What it does
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Quantize ``inputs``: any shape, a floating dtype, which the output has too."""
+        """Quantize ``inputs``: any shape, a floating dtype, which the output has too.
+
+        Raises:
+            ValueError: amax does not fit the shape of ``inputs``, or ``block_size`` does not divide its last dimension.
+            TypeError: negative ``inputs`` to an ``unsigned`` quantizer. The first batch after amax was set is looked at; later
+                ones are not, since that would make a GPU wait, and have negative values clipped to 0.
+        """
         # the weights behind carry the inverse of this factor, so it applies even to a disabled quantizer
         if self._pre_quant_scale is not None:
             inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
         if self._disabled:
             return inputs
+        if self.quant_desc.block_size is None:
+            return self._process(inputs)
+        return self._process(self.blocks(inputs)).flatten(-2)
+
+    def collect(self, inputs: Tensor) -> None:
+        """Take the statistics of ``inputs``, calibration enabled or not."""
+        self.calibrator.collect(self.blocks(inputs))
+
+    def blocks(self, inputs: Tensor) -> Tensor:
+        """``inputs`` as amax broadcasts to them: with ``block_size``, their view as ``(..., blocks, block_size)``."""
+        block_size = self.quant_desc.block_size
+        return inputs if block_size is None else split_blocks(inputs, block_size)
+
+    def _process(self, inputs: Tensor) -> Tensor:
         if self._if_calib:
             self.calibrator.collect(inputs)
-        if not self._if_quant:
+        if self.clip is not None and (self._if_clip or self._if_quant):
+            inputs = self.clip(inputs)
+        if not self._if_quant or not (self.dynamic or self.amax is not None):
             return inputs
-        amax = self._amax
-        if amax is None:
-            if not self.dynamic:
-                return inputs
-            amax = compute_amax(inputs, self.axis)
         desc = self.quant_desc
+        amax = self._scaled(self._fitting_amax(inputs))
+        if self._on_export is not None:
+            return self._on_export(inputs, amax)
         if desc.fake_quant:
-            return fake_tensor_quant(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
-        return tensor_quant(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)[0]
+            return fake_quant(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
+        assert isinstance(desc.num_bits, int)
+        codes = quantize(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
+        return straight_through(inputs, amax, codes, desc.unsigned)
+
+    def _scaled(self, amax: Tensor) -> Tensor:
+        factor = self.quant_desc.scale_amax
+        return amax if factor is None else amax * factor
+
+    def _fitting_amax(self, inputs: Tensor) -> Tensor:
+        """Amax in a shape that broadcasts to ``inputs``, which are looked at once for each new amax."""
+        amax = self.amax
+        if amax is not None and self._fits:
+            return amax
+        looking = not torch.compiler.is_compiling()
+        if self.unsigned and looking:
+            check_not_negative(inputs)
+        if amax is None:
+            return compute_amax(inputs, _kept_axis(self.quant_desc))
+        shape = amax_shape(inputs, _kept_axis(self.quant_desc))
+        if (
+            amax.shape != shape and amax.numel() == torch.Size(shape).numel()
+        ):  # a list of numbers from a descriptor has no other dimensions yet
+            amax = amax.reshape(shape)
+        check_broadcast(inputs, amax)
+        if looking:
+            self._fits = True
+            if self._amax is not None:
+                self._amax = amax
+        return amax
 
     # Housekeeping of torch
 
@@ -206,32 +352,21 @@ class TensorQuantizer(nn.Module):
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
+        self._load_clip(state_dict, f"{prefix}clip.", unexpected_keys=args[3])
+        self._fits = False
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _load_clip(self, state_dict: dict[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        if not self.quant_desc.learn_amax:
+            unexpected_keys += keys
+        elif keys and self.clip is None:
+            self._amax = None
+            ones = torch.ones_like(state_dict[keys[-1]], dtype=torch.float32, device=self.calibrator.device)
+            self._learn(-ones, ones)
 
     def __repr__(self) -> str:
         return f"TensorQuantizer({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        if self._disabled:
-            return "disabled"
-        axis = "per-tensor" if self.axis is None else f"axis={_in_brackets(self.axis)}"
-        parts = [f"{self.num_bits}bit", "fake" if self.fake_quant else "int", axis, f"amax={_short(self._amax)}"]
-        if self.unsigned:
-            parts.insert(1, "unsigned")
-        if self._pre_quant_scale is not None:
-            parts.append("pre_quant_scale")
-        parts.append(f"calibrator={type(self.calibrator).__name__}({self.calibrator.extra_repr()})")
-        parts += ["quant"] * self._if_quant + ["calib"] * self._if_calib + ["frozen"] * self.frozen
-        return " ".join(parts)
-
-
-def _in_brackets(axis: int | tuple[int, ...]) -> str:
-    return f"({axis})" if isinstance(axis, int) else str(axis)
-
-
-def _short(amax: Tensor | None) -> str:
-    if amax is None:
-        return "None"
-    if amax.numel() == 1:
-        return f"{amax.item():.4f}"
-    return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"
+        return describe(self)

@@ -42,7 +42,9 @@ def measure(quantizer, *batches):
 )
 def test_matches_numpy(desc, qmin, qmax):
     x = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
-    stats = measure(TensorQuantizer(QuantDescriptor(amax=1.5, **desc)), *x)
+    quantizer = TensorQuantizer(QuantDescriptor(amax=1.5, **desc))
+    quantizer(x.abs())  # the first batch of an unsigned quantizer must not be negative
+    stats = measure(quantizer, *x)
     saturated, sqnr = reference(x.double().numpy(), 1.5, qmin, qmax)
     assert stats.values == 1500
     assert stats.saturated == saturated
@@ -59,6 +61,22 @@ def test_amax_per_channel_and_pre_quant_scale():
     saturated, sqnr = reference(scaled, np.array([0.5, 1.0, 2.0]).reshape(1, 3, 1), -127, 127)
     assert stats.saturated == saturated
     assert stats.sqnr_db == pytest.approx(sqnr, abs=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 4, "num_bits": 4}, {"scale_amax": 0.5}, {"num_bits": (4, 3), "axis": 0}])
+def test_blocks_factors_and_floats(fields):
+    quantizer = TensorQuantizer(QuantDescriptor(**fields))
+    x = torch.randn(2, 8)
+    quantizer.collect(x)
+    quantizer.load_calib_amax()
+    with torch.no_grad():
+        noise = (quantizer(x) - x).double().square().sum()
+    stats = measure(quantizer, x)
+    amax = {"block_size": x.reshape(2, 2, 4).abs().amax((0, 2), keepdim=True).expand(2, 2, 4).reshape(2, 8)}.get(
+        next(iter(fields)), x.abs().max() * 0.5 if "scale_amax" in fields else x.abs().amax(1, keepdim=True)
+    )
+    assert stats.saturated == (x.abs() > amax).double().mean()
+    assert stats.sqnr_db == pytest.approx(10 * math.log10(x.double().square().sum() / noise), abs=1e-3)
 
 
 def test_amax_itself_is_not_saturated():

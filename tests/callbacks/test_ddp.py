@@ -42,8 +42,9 @@ def test_two_ranks_have_the_amax_of_one_process_on_the_union_of_the_batches(tmp_
     for ranks in (1, 2):
         fit(tmp_path, ranks, batchnorm)
     one, *two = (torch.load(tmp_path / f"first-{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    for rank in two:
-        torch.testing.assert_close(rank, one, rtol=0, atol=0)
+    torch.testing.assert_close(*two, rtol=0, atol=0)
+    # on some processors a sample's convolution depends, in the last bit, on its place in the batch
+    torch.testing.assert_close(two[0], one, rtol=1e-6, atol=0)
     # refreshes merge the statistics too: ranks saw different batches and still agree
     last = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*last, rtol=0, atol=0)

@@ -349,3 +349,16 @@ def test_after_a_crash_in_calibration_the_next_fit_does_it_all(tmp_path):
 def test_an_argument_that_a_given_part_would_hide_is_refused(options):
     with pytest.raises(ValueError, match="is given"):
         QuantizationAwareTraining(**options)
+
+
+def test_learning_an_amax_that_no_optimizer_would_know_is_refused(tmp_path):
+    rules = [lq.QuantRule("*", lq.QuantDescriptor(learn_amax=True), lq.QuantDescriptor(axis=0))]
+    with pytest.raises(MisconfigurationException, match=r"`.*\.input` has `learn_amax=True` and no `amax` to start from"):
+        trainer(tmp_path, Quantize(rules), max_epochs=1).fit(Tiny(), loader(), loader())
+
+
+def test_a_learned_amax_that_starts_from_its_descriptor_is_trained(tmp_path):
+    rules = [lq.QuantRule("*", lq.QuantDescriptor(amax=1.0, learn_amax=True), lq.QuantDescriptor(axis=0))]
+    model = Tiny()
+    trainer(tmp_path, Quantize(rules, alpha=None), max_epochs=1).fit(model, loader(), loader())
+    assert any(q.amax != 1 for name, q in lq.named_quantizers(model) if name.endswith("input"))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from exported import calibrated, close, codes, export, set_statistics
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, QuantRule
 from lq.export.fold import fold_batchnorm_
-from lq.functional.fake_quant import tensor_quant
+from lq.functional.fake_quant import quantize
 
 CHANNELS = 6
 
@@ -19,7 +19,7 @@ CHANNELS = 6
 def weight_codes(layer: nn.Module) -> Tensor:
     quantizer = layer.weight_quantizer
     desc = quantizer.quant_desc
-    return tensor_quant(layer.weight.detach(), quantizer.amax, desc.num_bits, desc.unsigned, desc.narrow_range)[0]
+    return quantize(layer.weight.detach(), quantizer.amax, desc.num_bits, desc.unsigned, desc.narrow_range)
 
 
 FOLDED = {

@@ -17,7 +17,7 @@ X = torch.randn(4, 3)
 
 def model(input: QuantDescriptor = INT8_INPUT, **weight: object) -> nn.Module:
     rules = [QuantRule("*", input, QuantDescriptor(axis=0).replace(**weight))]
-    return calibrated(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), X, rules=rules)
+    return calibrated(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), X.abs() if input.unsigned else X, rules=rules)
 
 
 def uncalibrated() -> nn.Module:
@@ -40,10 +40,10 @@ def collecting() -> nn.Module:
 REFUSED = {
     "uncalibrated": (uncalibrated, "`0.input`, `0.weight`, `2.input`, `2.weight` (4 of 4 quantizers) have no amax"),
     "half calibrated": (half_calibrated, "`2.input` (1 of 4 quantizers) have no amax"),
-    "collecting": (collecting, "`0.input` (1 of 4 quantizers) collect statistics"),
+    "collecting": (collecting, "`0.input` (1 of 4 quantizers) have calibration enabled"),
     "integer codes": (
         lambda: model(INT8_INPUT.replace(fake_quant=False)),
-        "`0.input`, `2.input` (2 of 4 quantizers) return integer",
+        "`0.input`, `2.input` (2 of 4 quantizers) have `fake_quant=False`",
     ),
     "16 bit input": (
         lambda: model(INT8_INPUT.replace(num_bits=16)),
@@ -51,6 +51,14 @@ REFUSED = {
     ),
     "16 bit weight": (lambda: model(num_bits=16), "`0.weight`, `2.weight` (2 of 4 quantizers) have `num_bits=16`, signed"),
     "unsigned 8": (lambda: model(INT8_INPUT.replace(unsigned=True)), "have `num_bits=8`, unsigned: codes must fit into int8"),
+    "fp8": (
+        lambda: model(QuantDescriptor(num_bits=(4, 3))),
+        "`0.input`, `2.input` (2 of 4 quantizers) have `num_bits=(4, 3)`, a float",
+    ),
+    "blocks": (
+        lambda: calibrated(nn.Sequential(nn.Linear(256, 4)), torch.randn(2, 256), rules="w4a16"),
+        "`0.weight` (1 of 1 quantizers) have `block_size=128`",
+    ),
     "two axes": (lambda: model(axis=(0, 1)), "`0.weight`, `2.weight` (2 of 4 quantizers) have an amax along 2 axes"),
     "half precision": (lambda: model().half(), "`0.weight` is torch.float16"),
 }

@@ -9,11 +9,9 @@ import torch
 from lq.functional.amax import (
     amax_shape,
     compute_amax,
-    integer_bounds,
     normalize_axis,
     reduce_amax,
     rows_amax,
-    scale_from_amax,
     to_rows,
 )
 
@@ -84,17 +82,3 @@ def test_an_axis_out_of_range_is_refused(axis):
 def test_an_axis_named_twice_is_refused(axis):
     with pytest.raises(ValueError, match="twice"):
         normalize_axis(axis, 3)
-
-
-@pytest.mark.parametrize("num_bits", [2, 4, 8, 16])
-def test_integer_bounds_are_those_of_the_integer(num_bits):
-    half = 2 ** (num_bits - 1)
-    assert integer_bounds(num_bits) == (1 - half, half - 1)
-    assert integer_bounds(num_bits, narrow_range=False) == (-half, half - 1)
-    assert integer_bounds(num_bits, unsigned=True) == integer_bounds(num_bits, True, False) == (0, 2 * half - 1)
-
-
-def test_scale_is_amax_over_qmax_and_positive():
-    scale = scale_from_amax(torch.tensor([1.0, 0.0]), 8)
-    assert scale.tolist() == [np.float32(1) / np.float32(127), torch.finfo(torch.float32).tiny]
-    assert scale_from_amax(torch.tensor(255.0), 8, unsigned=True) == 1

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lq.nn as quant_nn
 from lq.descriptor import INT8_WEIGHT, QuantDescriptor
 from lq.functional.amax import compute_amax
 from lq.functional.fake_quant import fake_tensor_quant
@@ -43,20 +44,54 @@ CASES = {
     "conv_transpose2d, output_size": (nn.ConvTranspose2d, (4, 6, 3), {"stride": 2}, (2, 4, 5, 6), ([12, 14],)),
     "conv_transpose3d": (nn.ConvTranspose3d, (2, 3, 2), {"stride": 2, "bias": False}, (2, 2, 3, 3, 3), ()),
 }
+INPUT_ONLY = {
+    "max_pool1d": (nn.MaxPool1d, (3,), {"stride": 2}, (2, 4, 11), ()),
+    "max_pool2d": (nn.MaxPool2d, (3,), {"padding": 1, "ceil_mode": True}, (2, 4, 8, 8), ()),
+    "max_pool2d, indices": (nn.MaxPool2d, (2,), {"return_indices": True}, (2, 4, 8, 8), ()),
+    "max_pool3d": (nn.MaxPool3d, (2,), {"dilation": 2}, (2, 4, 6, 6, 6), ()),
+    "avg_pool1d": (nn.AvgPool1d, (3,), {"padding": 1, "count_include_pad": False}, (2, 4, 11), ()),
+    "avg_pool2d": (nn.AvgPool2d, (3,), {"divisor_override": 5}, (2, 4, 8, 8), ()),
+    "avg_pool3d": (nn.AvgPool3d, (2,), {}, (2, 4, 6, 6, 6), ()),
+    "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d, (3,), {}, (2, 4, 11), ()),
+    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, ((3, None),), {}, (2, 4, 8, 8), ()),
+    "adaptive_avg_pool3d": (nn.AdaptiveAvgPool3d, (1,), {}, (2, 4, 6, 6, 6), ()),
+    "instance_norm1d": (nn.InstanceNorm1d, (4,), {"affine": True}, (2, 4, 11), ()),
+    "instance_norm2d": (nn.InstanceNorm2d, (4,), {}, (2, 4, 8, 8), ()),
+    "instance_norm3d": (nn.InstanceNorm3d, (4,), {"track_running_stats": True}, (2, 4, 6, 6, 6), ()),
+}
+# classes with tests of their own
+ELSEWHERE = {"Embedding", "LSTM", "LSTMCell", "MultiheadAttention", "NonDynamicallyQuantizableLinear"}
 
 
-@pytest.fixture(params=CASES)
-def case(request):
+def made(float_class, args, kwargs, shape, more):
     """A quantized layer, a float layer with the same weights, an input, and further arguments of forward."""
-    float_class, args, kwargs, shape, more = CASES[request.param]
     floating = float_class(*args, **kwargs)
     quantized = QUANT_MODULES[float_class](*args, **kwargs)
     quantized.load_state_dict(floating.state_dict(), strict=True)
     return quantized, floating, torch.randn(shape), more
 
 
+@pytest.fixture(params=CASES)
+def case(request):
+    return made(*CASES[request.param])
+
+
+@pytest.fixture(params=INPUT_ONLY)
+def input_only(request):
+    return made(*INPUT_ONLY[request.param])
+
+
 def test_every_registered_layer_is_tested():
-    assert {c[0] for c in CASES.values()} == set(QUANT_MODULES)
+    tested = {c[0].__name__ for c in [*CASES.values(), *INPUT_ONLY.values()]} | ELSEWHERE
+    assert {c.__name__ for c, q in QUANT_MODULES.items() if c is not q} == tested
+
+
+def test_every_quantized_layer_has_its_plain_name():
+    for float_class, quant_class in QUANT_MODULES.items():
+        if float_class is not quant_class and not float_class.__name__.startswith("NonDynamically"):
+            assert getattr(quant_nn, f"Quant{float_class.__name__}") is quant_class
+            assert getattr(quant_nn, float_class.__name__) is quant_class
+            assert {quant_class.__name__, float_class.__name__} <= set(quant_nn.__all__)
 
 
 def test_disabled_it_is_the_float_layer(case):
@@ -82,6 +117,21 @@ def test_enabled_it_is_the_float_layer_of_the_quantized_input_and_weight(case):
     expected = floating(fake_tensor_quant(x, quantized.input_quantizer.amax), *more)
     assert torch.equal(quantized(x, *more), expected)
     assert not torch.equal(expected, floating(x, *more))
+
+
+def test_a_layer_without_weight_is_the_float_layer_of_the_quantized_input(input_only):
+    quantized, floating, x, _ = input_only
+    assert list(quantized.quantizers()) == ["input"]
+    assert not quantized.weights()
+    quantized.input_quantizer.amax = 0.8 * x.abs().max()
+    expected = floating(fake_tensor_quant(x, quantized.input_quantizer.amax))
+    outputs = quantized(x)
+    for ours, theirs in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (outputs, expected)), strict=True):
+        assert torch.equal(ours, theirs)
+    quantized.input_quantizer.disable()
+    outputs, expected = quantized(x), floating(x)
+    for ours, theirs in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (outputs, expected)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_by_default_the_weight_is_per_channel_and_narrow_and_the_input_per_tensor(case):

@@ -11,8 +11,8 @@ import torch
 from lq.calib import HistogramCalibrator, MaxCalibrator
 from lq.descriptor import QuantDescriptor
 from lq.functional.amax import compute_amax
-from lq.functional.fake_quant import fake_tensor_quant, tensor_quant
-from lq.nn import TensorQuantizer
+from lq.functional.fake_quant import fake_quant, fake_tensor_quant, quantize, scaled_e4m3
+from lq.nn import QuantLinear, TensorQuantizer
 
 PER_ROW = QuantDescriptor(axis=0)
 
@@ -31,11 +31,12 @@ def quantizer_with(amax, **fields):
 @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
 def test_quantizes_as_the_descriptor_says(axis, unsigned, narrow_range, num_bits):
     x = torch.randn(3, 4, 5) - 0.5
+    x = x.abs() if unsigned else x
     amax = compute_amax(x, axis) * 0.6
     args = (amax, num_bits, unsigned, narrow_range)
     fields = {"axis": axis, "num_bits": num_bits, "unsigned": unsigned, "narrow_range": narrow_range}
     assert torch.equal(quantizer_with(amax, **fields)(x), fake_tensor_quant(x, *args))
-    assert torch.equal(quantizer_with(amax, fake_quant=False, **fields)(x), tensor_quant(x, *args)[0])
+    assert torch.equal(quantizer_with(amax, fake_quant=False, **fields)(x), quantize(x, *args))
 
 
 @pytest.mark.parametrize("axis", [None, 1])
@@ -121,7 +122,213 @@ def test_compiles_as_one_graph():
     assert torch.equal(torch.compile(quantizer, fullgraph=True, backend="aot_eager")(x), quantizer(x))
 
 
+def test_the_documented_example_of_four_bits_unsigned_along_an_axis():
+    quantizer = TensorQuantizer(QuantDescriptor(num_bits=4, fake_quant=False, axis=(0), unsigned=True))
+    torch.manual_seed(12345)
+    x = torch.rand(10, 9, 8, 7)
+    codes = quantizer(x)
+    scale = np.float32(15) / np.abs(x.numpy()).max(axis=(1, 2, 3), keepdims=True)
+    np.testing.assert_array_equal(codes.numpy(), np.clip(np.rint(x.numpy() * scale), 0, 15))
+    assert (codes.amax((1, 2, 3)) == 15).all()
+
+
+def test_the_documented_quantizer_of_a_graphs_input():
+    x = torch.randn(1, 5, 5, 5, dtype=torch.double)
+    quantized = TensorQuantizer(QuantLinear.default_quant_desc_input)(x)
+    assert torch.equal(quantized, fake_tensor_quant(x, x.abs().max()))
+    assert torch.nn.functional.adaptive_avg_pool2d(quantized, 3).shape == (1, 5, 3, 3)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_a_float_format_is_a_scaled_cast(axis):
+    x = torch.randn(3, 50)
+    assert torch.equal(TensorQuantizer(QuantDescriptor(num_bits=(4, 3), axis=axis))(x), scaled_e4m3(x, compute_amax(x, axis)))
+
+
+def test_integer_codes_get_the_straight_through_gradient():
+    x = torch.tensor([-2.0, -0.5, 0.3, 1.0], requires_grad=True)
+    quantizer_with(1.0, fake_quant=False)(x).backward(torch.arange(1.0, 5.0))
+    assert x.grad.tolist() == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("amax", [None, 1.0])
+def test_scale_amax_multiplies(amax):
+    quantizer = quantizer_with(amax, scale_amax=0.5)
+    x = torch.randn(20)
+    used = 0.5 * (x.abs().max() if amax is None else torch.tensor(amax))
+    assert torch.equal(quantizer(x), fake_tensor_quant(x, used))
+    assert (quantizer.amax, quantizer.scale) == ((None, None) if amax is None else (1.0, torch.tensor(0.5) / 127))
+
+
+@pytest.mark.parametrize("axis", [None, 0, (0, 1)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_blocks_have_an_amax_of_their_own(dynamic, axis):
+    desc = QuantDescriptor(num_bits=4, axis=axis, block_size=4)
+    quantizer, x = TensorQuantizer(desc, if_calib=True), torch.randn(2, 3, 12)
+    blocks = x.reshape(2, 3, 3, 4)
+    kept = {None: (2,), 0: (0, 2), (0, 1): (0, 1, 2)}[axis]
+    amax = blocks.abs().amax([d for d in range(4) if d not in kept], keepdim=True)
+    expected = fake_tensor_quant(blocks, amax, 4).reshape(x.shape)
+    y = quantizer(x)
+    if not dynamic:
+        quantizer.load_calib_amax()
+        assert torch.equal(quantizer.amax, amax)
+        y = quantizer(x)
+    assert torch.equal(y, expected)
+
+
+def test_blocks_must_divide_the_last_dimension():
+    with pytest.raises(ValueError, match=r"`block_size` is 5, which does not divide the last dimension of \(2, 12\)"):
+        TensorQuantizer(QuantDescriptor(block_size=5))(torch.zeros(2, 12))
+
+
+@pytest.mark.parametrize("fields", [{"amax": 1.0}, {}])
+def test_unsigned_refuses_negative_values_in_the_first_batch(fields):
+    quantizer = TensorQuantizer(QuantDescriptor(unsigned=True, **fields))
+    with pytest.raises(TypeError, match=r"`unsigned` is True, but inputs go down to -0.5"):
+        quantizer(torch.tensor([1.0, -0.5]))
+
+
+def test_later_negative_values_of_an_unsigned_quantizer_are_clipped():
+    quantizer = quantizer_with(1.0, unsigned=True)
+    quantizer(torch.tensor([0.5]))
+    assert quantizer(torch.tensor([-0.5, 1.0])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1, 1), (2, 4)])
+def test_an_amax_that_does_not_fit_the_input_is_named(shape):
+    quantizer = quantizer_with(torch.ones(shape), axis=0)
+    with pytest.raises(ValueError, match=r"`amax` has shape .* does not broadcast to inputs of shape \(2, 3, 4, 5\)"):
+        quantizer(torch.zeros(2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_list_of_numbers_goes_along_the_axis(axis):
+    x = torch.randn(3, 3, 3)
+    quantizer = TensorQuantizer(QuantDescriptor(amax=[1.0, 2.0, 3.0], axis=axis))
+    shape = [1, 1, 1]
+    shape[axis] = 3
+    amax = torch.tensor([1.0, 2.0, 3.0]).reshape(shape)
+    assert torch.equal(quantizer(x), fake_tensor_quant(x, amax))
+    assert torch.equal(quantizer.amax, amax)
+
+
+# What it learns
+
+
+def learning(amax=1.0, **fields):
+    return TensorQuantizer(QuantDescriptor(amax=amax, learn_amax=True, **fields))
+
+
+def test_a_learned_amax_starts_at_that_of_the_descriptor_and_gets_pacts_gradients():
+    quantizer = learning()
+    x = torch.tensor([-3.0, -0.3, 0.7, 2.0, 5.0], requires_grad=True)
+    y = quantizer(x)
+    assert torch.equal(y, fake_tensor_quant(x, torch.tensor(1.0)))
+    y.backward(torch.arange(1.0, 6.0))
+    assert x.grad.tolist() == [0, 2, 3, 0, 0]
+    assert {n: p.grad.item() for n, p in quantizer.named_parameters()} == {"clip.clip_value_min": 1, "clip.clip_value_max": 4 + 5}
+
+
+def test_a_learned_amax_is_the_wider_side_of_the_range():
+    quantizer = learning(axis=0, amax=[[1.0], [1.0]])
+    with torch.no_grad():
+        quantizer.clip.clip_value_max.copy_(torch.tensor([[3.0], [0.5]]))
+    x = torch.randn(2, 100) * 3
+    clipped = torch.maximum(torch.minimum(x, torch.tensor([[3.0], [0.5]])), torch.tensor([[-1.0], [-1.0]]))
+    assert quantizer.amax.tolist() == [[3], [1]]
+    assert torch.equal(quantizer(x), fake_tensor_quant(clipped, quantizer.amax))
+
+
+def test_an_unsigned_range_starts_at_zero_and_learns_its_top_only():
+    quantizer = learning(unsigned=True)
+    assert [name for name, _ in quantizer.named_parameters()] == ["clip.clip_value_max"]
+    assert quantizer(torch.tensor([0.0, 2.0])).tolist() == [0, 1]
+
+
+def test_learning_starts_from_a_calibrated_amax():
+    quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True), if_calib=True)
+    with pytest.raises(RuntimeError, match="no amax to start learning from"):
+        quantizer.init_learn_amax()
+    quantizer(torch.tensor([-2.5, 1.0]))
+    quantizer.load_calib_amax()
+    assert not list(quantizer.parameters())
+    quantizer.init_learn_amax()
+    assert quantizer.amax == 2.5
+    assert (quantizer.clip.clip_value_min, quantizer.clip.clip_value_max) == (-2.5, 2.5)
+    quantizer.amax = 4.0  # what a calibration finds goes into the parameters
+    assert (quantizer.clip.clip_value_min, quantizer.clip.clip_value_max) == (-4, 4)
+
+
+@pytest.mark.parametrize("call", [TensorQuantizer.init_learn_amax, TensorQuantizer.enable_clip])
+def test_without_learn_amax_there_is_nothing_to_learn(call):
+    with pytest.raises(RuntimeError, match="`learn_amax` is False"):
+        call(quantizer_with(1.0))
+
+
+def test_the_clip_stage_learns_before_quantization():
+    quantizer = learning()
+    quantizer.disable_quant()
+    x = torch.tensor([-3.0, 0.123, 2.0])
+    assert quantizer(x) is x
+    quantizer.enable_clip()
+    y = quantizer(x)
+    assert y.tolist() == [-1, x[1].item(), 1]
+    y.sum().backward()
+    assert quantizer.clip.clip_value_max.grad == 1
+    quantizer.disable_clip()
+    assert quantizer(x) is x
+
+
+def test_frozen_a_range_is_not_learned():
+    quantizer = learning()
+    quantizer.frozen = True
+    assert not any(p.requires_grad for p in quantizer.parameters())
+    quantizer.frozen = False
+    assert all(p.requires_grad for p in quantizer.parameters())
+
+
+def test_a_learned_range_travels_in_the_state_dict():
+    source = learning()
+    with torch.no_grad():
+        source.clip.clip_value_max.fill_(1.75)
+    for target in (learning(), TensorQuantizer(QuantDescriptor(learn_amax=True))):
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert target.amax == 1.75
+        assert [n for n, _ in target.named_parameters()] == ["clip.clip_value_min", "clip.clip_value_max"]
+    with pytest.raises(RuntimeError, match=r"clip\.clip_value_max"):
+        TensorQuantizer().load_state_dict(source.state_dict(), strict=True)
+
+
+def test_a_fixed_amax_is_not_for_calibration_to_change():
+    assert [
+        q.fixed for q in (TensorQuantizer(), quantizer_with(1.0), learning(), TensorQuantizer(QuantDescriptor(amax=1.0)))
+    ] == [*(False, False, True, True)]
+
+
 # What it holds
+
+
+def test_bits_and_sign_can_be_changed_and_statistics_stay():
+    quantizer = quantizer_with(1.0, calib_method="histogram")
+    quantizer.collect(torch.tensor([0.5, 3.0]))
+    quantizer.num_bits = 4
+    quantizer.unsigned = True
+    assert (quantizer.num_bits, quantizer.unsigned, quantizer.quant_desc.num_bits) == (4, True, 4)
+    assert (quantizer.calibrator.num_bits, quantizer.calibrator.unsigned) == (4, True)
+    x = torch.rand(20)
+    assert torch.equal(quantizer(x), fake_quant(x, torch.tensor(1.0), 4, True, True))
+    quantizer.load_calib_amax("max")
+    assert quantizer.amax == 3
+    with pytest.raises(ValueError, match="`num_bits` is 33"):
+        quantizer.num_bits = 33
+    assert quantizer.num_bits == 4
+
+
+def test_step_size_is_the_scale_and_the_calibrator_has_its_old_name():
+    quantizer = quantizer_with(12.7)
+    assert quantizer.step_size == quantizer.scale == torch.tensor(12.7) / torch.tensor(127.0)
+    assert quantizer._calibrator is quantizer.calibrator
 
 
 @pytest.mark.parametrize("value", [2, 2.0, torch.tensor(2), np.float64(2), torch.tensor(2.0, dtype=torch.float64)])
@@ -224,7 +431,14 @@ def test_prints_what_differs():
     quantizer = TensorQuantizer(desc, if_quant=False, if_calib=True)
     quantizer.frozen = True
     calibrator = "calibrator=HistogramCalibrator(num_bins=64)"
-    assert repr(quantizer) == f"TensorQuantizer(4bit unsigned int axis=(0, 1) amax=None {calibrator} calib frozen)"
+    assert repr(quantizer) == f"TensorQuantizer(unsigned 4bit int axis=(0, 1) amax=dynamic {calibrator} calib frozen)"
+    quantizer.dynamic = False
+    assert " amax=None " in repr(quantizer)
+    learned = TensorQuantizer(QuantDescriptor(num_bits=(4, 3), amax=2.0, learn_amax=True, scale_amax=0.5), if_clip=True)
+    assert repr(learned) == (
+        "TensorQuantizer((4, 3)bit fake per-tensor amax=2.0000*0.5 learned calibrator=MaxCalibrator(track_amax=False) quant clip)"
+    )
+    assert "axis=(0) block_size=4 amax=dynamic" in repr(TensorQuantizer(QuantDescriptor(axis=0, block_size=4)))
 
 
 # How it travels

@@ -1,0 +1,69 @@
+"""Affine fake quantization: a grid between a smallest and a largest value, on which zero lies."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lq.functional.checks import check_broadcast
+from lq.functional.fake_quant import widened
+from lq.functional.grid import check_num_bits
+
+
+@torch.library.custom_op("lq::fake_quant_affine", mutates_args=())
+def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
+    wide = widened(x)
+    low, high = low.to(wide.dtype), high.to(wide.dtype)
+    levels = torch.full_like(high, 2**num_bits - 1)
+    scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    # the code of the smallest value, without an offset: codes count from here
+    first = torch.round(low / scale)
+    return torch.div(wide, scale).round_().sub_(first).clamp_(0, 2**num_bits - 1).add_(first).mul_(scale).to(x.dtype)
+
+
+@_fake_quant_affine.register_fake
+def _(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    x, low, high = ctx.saved_tensors
+    return grad.masked_fill((x < low) | (x > high), 0), None, None, None
+
+
+_fake_quant_affine.register_autograd(_backward, setup_context=_save)
+
+
+def fake_affine_tensor_quant(inputs: Tensor, min_range: Tensor | float, max_range: Tensor | float, num_bits: int = 8) -> Tensor:
+    """Round ``inputs`` to ``2**num_bits`` values from ``min_range`` to ``max_range``, shifted so that 0 is one of them.
+
+    With ``scale = (max_range - min_range) / (2**num_bits - 1)`` and ``z = round(min_range / scale)`` the output is
+    ``(clamp(round(x / scale) - z, 0, 2**num_bits - 1) + z) * scale`` (Jacob et al., 2018, arXiv:1712.05877, eq. 1; NVIDIA
+    pytorch-quantization ``FakeAffineTensorQuantFunction``). The gradient passes within the range and is zero outside.
+
+    Args:
+        inputs: any shape, floating; half precision is computed in float32 and returned in its own dtype.
+        min_range: smallest value, ``()`` or broadcastable to ``inputs``.
+        max_range: largest value, likewise.
+        num_bits: width of the integer, 2 to 32.
+
+    Raises:
+        ValueError: ``num_bits`` out of range, a range that is not finite, is turned around, or does not broadcast.
+
+    >>> fake_affine_tensor_quant(torch.tensor([-2.0, -0.2, 0.0, 0.33, 1.0]), -1.0, 0.5, num_bits=4)
+    tensor([-1.0000, -0.2000,  0.0000,  0.3000,  0.5000])
+    """
+    check_num_bits(num_bits, floats=False)
+    low, high = (torch.as_tensor(v, device=inputs.device, dtype=widened(inputs[:0]).dtype) for v in (min_range, max_range))
+    check_broadcast(inputs, low)
+    check_broadcast(inputs, high)
+    if not torch.compiler.is_compiling() and not bool(((low <= high) & low.isfinite() & high.isfinite()).all()):
+        raise ValueError(
+            f"`min_range` is {low.tolist()} and `max_range` {high.tolist()}: both must be finite, the first not above the second."
+        )
+    result: Tensor = _fake_quant_affine(inputs, low, high, num_bits)
+    return result

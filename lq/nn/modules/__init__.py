@@ -1,0 +1,1 @@
+"""pytorch-quantization's ``nn.modules``."""
