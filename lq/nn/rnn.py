@@ -54,11 +54,7 @@ class QuantLSTMCell(QuantModule, nn.LSTMCell):
         self.make_quantizers(quant_desc_weight, "weight_ih", "weight_hh")
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """Next ``(h, c)``, ``(batch, hidden)`` each, from ``(batch, input)``; without ``batch`` for a single sample.
-
-        Raises:
-            ValueError: states whose shapes are not those.
-        """
+        """Next ``(h, c)``, ``(batch, hidden)`` each, from ``(batch, input)``; without ``batch`` for a single sample."""
         if self.idle:
             return super().forward(input, hx)
         if input.dim() == 1:
@@ -104,8 +100,7 @@ class QuantLSTM(QuantModule, nn.LSTM):
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Any, State]:
         """As ``nn.LSTM``: a tensor, batched or not, or a ``PackedSequence``, whose padding no quantizer sees."""
         if self.idle:
-            result: tuple[Any, State] = super().forward(input, hx)
-            return result
+            return super().forward(input, hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, inverse = input
             output, state = self._layers(data, sizes.tolist(), self.permute_hidden(self._start(data, hx, sizes), order))
@@ -155,7 +150,8 @@ class QuantLSTM(QuantModule, nn.LSTM):
         bias_ih, bias_hh = (getattr(self, f"{role}_{suffix}", None) for role in ("bias_ih", "bias_hh"))
         # what does not wait for h, for all steps at once
         steps = torch.split(F.linear(quantized("input", x), quantized("weight_ih"), bias_ih), sizes)
-        weight_hh, weight_hr = quantized("weight_hh"), quantized("weight_hr") if self.proj_size else None
+        weight_hh = quantized("weight_hh")
+        weight_hr = quantized("weight_hr") if self.proj_size else None
         way = -1 if suffix.endswith("reverse") else 1
         outputs: list[Tensor] = []
         for gates in steps[::way]:
@@ -168,5 +164,4 @@ class QuantLSTM(QuantModule, nn.LSTM):
 
 
 def _first_rows(old: Tensor, new: Tensor) -> Tensor:
-    rows = new.shape[0]
-    return new if rows == old.shape[0] else torch.cat([new, old[rows:]])
+    return new if new.shape[0] == old.shape[0] else torch.cat([new, old[new.shape[0] :]])
