@@ -1,14 +1,15 @@
 """Calibrate a whole model: statistics from its forwards, one synchronisation over ranks, amax."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lq.calib import HistogramCalibrator, failing_together, sync_calibrators
-from lq.functional.threshold import Search, check_method
+from lq.calib import HistogramCalibrator, compute_amaxs, failing_together, sync_calibrators
+from lq.functional.threshold import OPTIONS, Search, check_method
 from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer, make_calibrator
@@ -16,12 +17,15 @@ from lq.surgery import named_quantizers, unquantized
 
 M = TypeVar("M", bound=nn.Module)
 
+# A method for all quantizers, or for those whose short names match a pattern; the last match wins.
+Method = str | Mapping[str, str]
+
 # Quantizers by name, those of weights with the weight they belong to.
 Roles = dict[str, tuple[TensorQuantizer, Tensor | None]]
 
 
 @contextmanager
-def calibrating(model: M, method: str = "max", **options: Any) -> Iterator[M]:
+def calibrating(model: M, method: Method = "max", **options: Any) -> Iterator[M]:
     """Collect statistics from every forward inside the block; on leaving it, merge them over ranks and set amax.
 
     Inside, the model computes in float, in evaluation mode and without gradients, so that BatchNorm statistics stay. Weights are
@@ -29,9 +33,10 @@ def calibrating(model: M, method: str = "max", **options: Any) -> Iterator[M]:
 
     Args:
         model: a model with quantizers.
-        method: ``max``, ``percentile``, ``mse`` or ``entropy``. Any but ``max`` collects histograms of inputs; weights follow the
-            ``calib_method`` of their descriptor.
-        options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``start_bin``, ``stride``.
+        method: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl`` or ``entropy``; or a mapping from patterns on the short
+            names of quantizers (``{"*": "mse", "head.*": "max"}``), of which the last match wins. Any but ``max`` collects
+            histograms of inputs; weights follow the ``calib_method`` of their descriptor.
+        options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``z_threshold``, ``power_of_two`` ...
 
     Raises:
         ValueError: an unknown method or option, a model without quantizers, NaN or Inf in the data (names the quantizer), or
@@ -57,7 +62,7 @@ def calibrating(model: M, method: str = "max", **options: Any) -> Iterator[M]:
     load_calib_amax_(model, method, **options)
 
 
-def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, strict: bool = True, **options: Any) -> M:
+def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0, strict: bool = True, **options: Any) -> M:
     """Set every amax from the statistics at hand: another method needs neither data nor a model run.
 
     Args:
@@ -80,29 +85,61 @@ def load_calib_amax_(model: M, method: str = "max", *, momentum: float = 0.0, st
             f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
             "through the model, or leave layers that it never calls out with a rule without descriptors."
         )
-    plain = [name for name, (q, weight) in roles.items() if weight is None and not isinstance(q.calibrator, HistogramCalibrator)]
-    if plain and method not in ("max", "noclipping"):
-        raise ValueError(f"`{plain[0]}` has no histogram for method {method!r}: calibrate with `method={method!r}`.")
-    for quantizer in (q for name, (q, _) in roles.items() if name not in unseen):
-        before = None if quantizer.amax is None else quantizer.amax.clone()
-        if isinstance(quantizer.calibrator, HistogramCalibrator):
-            quantizer.load_calib_amax(method, **options)
-        else:
-            quantizer.load_calib_amax()
-        if momentum and before is not None and quantizer.amax is not None:
-            quantizer.amax = torch.lerp(quantizer.amax, before, momentum)
+    methods = _methods(roles, method)
+    plain = [n for n, (q, w) in roles.items() if w is None and not _has_histogram(q) and not _takes_all(methods[n])]
+    if plain:
+        raise ValueError(f"`{plain[0]}` has no histogram for method {methods[plain[0]]!r}: calibrate with that method.")
+    for name, amax in _amaxs({n: q for n, (q, _) in roles.items() if n not in unseen}, methods, options).items():
+        quantizer = roles[name][0]
+        if momentum and quantizer.amax is not None:
+            amax = torch.lerp(amax, quantizer.amax.to(amax.device), momentum)
+        quantizer.amax = amax
     return model
+
+
+def _amaxs(quantizers: dict[str, TensorQuantizer], methods: dict[str, str], options: dict[str, Any]) -> dict[str, Tensor]:
+    """Amax by name: all histograms of one method together, else the largest magnitude."""
+    amaxs: dict[str, Tensor] = {}
+    for method in sorted(set(methods.values())):
+        names = [n for n, q in quantizers.items() if methods[n] == method and _has_histogram(q)]
+        amaxs |= zip(names, compute_amaxs([quantizers[n].calibrator for n in names], method, **options), strict=True)  # type: ignore[misc]
+    largest = {n: q.calibrator.compute_amax() for n, q in quantizers.items() if n not in amaxs}
+    return amaxs | {name: amax for name, amax in largest.items() if amax is not None}
+
+
+def _methods(names: Iterable[str], method: Method) -> dict[str, str]:
+    """The method of each quantizer."""
+    if isinstance(method, str):
+        return dict.fromkeys(names, method)
+    chosen: dict[str, str] = {}
+    for pattern, value in method.items():
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"`method` has the pattern {pattern!r}, which matches no quantizer: known are {', '.join(names)}.")
+        chosen |= dict.fromkeys(matches, value)
+    if left := [name for name in names if name not in chosen]:
+        raise ValueError(f"`method` says nothing about `{left[0]}` ({len(left)} quantizers): begin it with a pattern '*'.")
+    return chosen
+
+
+def _has_histogram(quantizer: TensorQuantizer) -> bool:
+    return isinstance(quantizer.calibrator, HistogramCalibrator)
+
+
+def _takes_all(method: str) -> bool:
+    return method in ("max", "noclipping")
 
 
 # The two halves of a calibration, for those who go on training in between
 
 
-def observe_(model: M, method: str = "max", *, keep: bool = False) -> M:
+def observe_(model: M, method: Method = "max", *, keep: bool = False) -> M:
     """Collect statistics of every input from now on, in place; quantizers go on doing what they do. ``keep`` those at hand."""
     roles = _roles(model)
-    for quantizer, weight in roles.values():
+    methods = _methods(roles, method)
+    for name, (quantizer, weight) in roles.items():
         if not keep:
-            _prepare(quantizer, "max" if weight is not None else method)
+            _prepare(quantizer, "max" if weight is not None else methods[name])
         quantizer._if_calib = weight is None
     return model
 
@@ -138,7 +175,7 @@ def _roles(model: nn.Module) -> Roles:
 
 def _prepare(quantizer: TensorQuantizer, method: str) -> None:
     """Forget earlier statistics; where the method needs a histogram and the quantizer has none, give it one."""
-    if method not in ("max", "noclipping") and not isinstance(quantizer.calibrator, HistogramCalibrator):
+    if not _takes_all(method) and not _has_histogram(quantizer):
         wanted = quantizer.quant_desc.replace(calib_method="histogram")
         quantizer.calibrator = make_calibrator(wanted).to(quantizer.calibrator.device)
     quantizer.calibrator.reset()
@@ -159,10 +196,10 @@ def _sync(roles: Roles, error: str | None = None) -> None:
     sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
 
 
-def check_options(method: str, options: dict[str, Any]) -> None:
+def check_options(method: Method, options: dict[str, Any]) -> None:
     """Raise ``ValueError`` for a method or an option that does not exist, or is out of range."""
-    check_method(method)
-    known = ("percentile", "start_bin", "stride")
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"Unknown calibration option {', '.join(map(repr, unknown))}: choose among {', '.join(known)}.")
+    for name in [method] if isinstance(method, str) else method.values():
+        check_method(name)
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ValueError(f"Unknown calibration option {', '.join(map(repr, unknown))}: choose among {', '.join(OPTIONS)}.")
     Search(**options)

@@ -271,7 +271,7 @@ def test_quantizers_that_saw_no_data_are_named(calibrated_before):
     ("method", "options", "message"),
     [
         ("median", {}, "'median': choose one of max"),
-        ("mse", {"bins": 3, "alpha": 1}, "option 'alpha', 'bins': choose among percentile, start_bin, stride"),
+        ("mse", {"bins": 3, "alpha": 1}, "option 'alpha', 'bins': choose among percentile, start_bin, stride, p"),
         ("percentile", {"percentile": 101}, "`percentile` is 101"),
         ("entropy", {"stride": 0}, "`stride` 0"),
     ],
@@ -322,3 +322,56 @@ def test_a_learned_amax_is_left_alone():
     calibrated(model, batches())
     assert model[0].input_quantizer.amax == 0.25
     assert model[0].weight_quantizer.amax is not None
+
+
+# Methods by pattern
+
+
+def test_each_quantizer_may_have_its_own_method():
+    methods = {"*": "mse", "5.*": "max", "*.input": "percentile", "5.input": "mae"}
+    model = calibrated(quantize_(network()), data := batches(), methods, percentile=90.0)
+    for name, method in (("0.input", "percentile"), ("5.input", "mae")):
+        alone = calibrated(
+            quantize_(copy.deepcopy(network_of(model))), data, method, **({"percentile": 90.0} if name == "0.input" else {})
+        )
+        assert torch.equal(amaxs(model)[name], amaxs(alone)[name])
+    assert torch.equal(model[5].weight_quantizer.amax, compute_amax(model[5].weight, 0))
+
+
+def network_of(model):
+    layers = network()
+    state = {k: v for k, v in model.state_dict().items() if "quantizer" not in k}
+    layers.load_state_dict(state)
+    return layers
+
+
+def test_another_mapping_needs_no_data():
+    model = calibrated(quantize_(network()), batches(), "mse")
+    before = amaxs(model)
+    load_calib_amax_(model, {"*": "mse", "0.input": "percentile"}, percentile=50.0)
+    after = amaxs(model)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["0.input"]
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"*": "mse", "head.*": "max"}, r"'head\.\*', which matches no quantizer: known are 0.input"),
+        ({"0.*": "mse"}, r"says nothing about `5.input` \(2 quantizers\)"),
+        ({"*": "median"}, "`method` is 'median'"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_is_refused(method, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated(quantize_(network()), batches(), method)
+
+
+def test_all_quantizers_together_give_what_each_gives_alone():
+    rules = [
+        QuantRule("*", INT8_INPUT, INT8_WEIGHT.replace(calib_method="histogram")),
+        QuantRule("5", INT8_INPUT.replace(num_bits=4)),
+    ]
+    for method in ("mse", "entropy", "lp"):
+        model = calibrated(quantize_(network(), rules), batches(), method)
+        for name, quantizer in named_quantizers(model):
+            assert torch.equal(quantizer.amax, quantizer.calibrator.compute_amax(method)), (name, method)

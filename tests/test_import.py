@@ -14,6 +14,7 @@ OPTIONAL = [
     "onnx_ir",
     "onnxruntime",
     "tensorrt",
+    "safetensors",
 ]
 
 

@@ -1,6 +1,8 @@
 """Amax chosen from a histogram of magnitudes."""
 
+import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,24 +77,51 @@ class HistogramCalibrator(Calibrator):
         return histogram.bin_width(self.exponent, self.counts.shape[1])
 
     def compute_amax(
-        self, method: str = "entropy", *, stride: int = 1, start_bin: int = 128, percentile: float = 99.99
+        self,
+        method: str = "entropy",
+        *,
+        stride: int = 1,
+        start_bin: int = 128,
+        percentile: float = 99.99,
+        p: float = 2.0,
+        z_threshold: float = math.inf,
+        min_threshold: float = 0.0,
+        power_of_two: bool = False,
     ) -> Tensor | None:
-        """Amax by ``method``: ``max``, ``percentile``, ``mse`` or ``entropy`` (see :mod:`lq.functional.threshold`).
+        """Amax by ``method``: a key of :data:`lq.functional.threshold.METHODS`.
 
         Args:
-            method: how amax is chosen.
-            stride: bins between candidates (``mse``, ``entropy``).
-            start_bin: first candidate (``mse``, ``entropy``).
+            method: how amax is chosen: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl``, ``entropy``.
+            stride: bins between candidates, where the method searches.
+            start_bin: first candidate, likewise.
             percentile: percentage of values to keep (``percentile``).
+            p: exponent (``lp``).
+            z_threshold: leave out bins that lie more than this many standard deviations from the mean.
+            min_threshold: the least result.
+            power_of_two: choose among powers of two.
 
         Raises:
-            ValueError: an unknown method, or an option out of range.
+            ValueError: an unknown method, one that does not go with ``num_bits``, or an option out of range.
         """
+        options = (percentile, start_bin, stride, p, z_threshold, min_threshold, power_of_two)
+        search = Search(self.num_bits, self.unsigned, *options)
         check_method(method, self.num_bits)
-        search = Search(self.num_bits, self.unsigned, percentile, start_bin, stride)
-        if not self.collected:
-            return None
-        return self._shaped(threshold(self.counts, self.width, self.peak, method, search))
+        return self._shaped(threshold(self.counts, self.width, self.peak, method, search)) if self.collected else None
 
     def extra_repr(self) -> str:
         return f"num_bins={self.counts.shape[1] // 2}"
+
+
+def compute_amaxs(calibrators: Sequence[HistogramCalibrator], method: str, **options: Any) -> list[Tensor]:
+    """``compute_amax`` of each of many calibrators, which have seen data: those of one kind at once, which is much quicker."""
+    kinds: dict[Any, list[HistogramCalibrator]] = {}
+    for calibrator in calibrators:
+        kind = (calibrator.num_bits, calibrator.unsigned, calibrator.counts.shape[1], calibrator.device)
+        kinds.setdefault(kind, []).append(calibrator)
+    amaxs: dict[HistogramCalibrator, Tensor] = {}
+    for (num_bits, unsigned, _, _), alike in kinds.items():
+        counts, width, peak = (torch.cat(parts) for parts in zip(*((c.counts, c.width, c.peak) for c in alike), strict=True))
+        amax = threshold(counts, width, peak, method, Search(num_bits, unsigned, **options))
+        for calibrator, part in zip(alike, torch.split(amax, [len(c.counts) for c in alike]), strict=True):
+            amaxs[calibrator] = calibrator._shaped(part)
+    return [amaxs[calibrator] for calibrator in calibrators]

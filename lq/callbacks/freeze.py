@@ -29,7 +29,7 @@ class ScaleFreeze(Callback):
         freeze_after: steps, or as a float a share of all steps, after which amax stays for good; ``None`` never freezes.
         batchnorm: let BatchNorm statistics stay too from the freeze point on.
         method: how a refresh chooses amax.
-        method_options: ``percentile``, ``start_bin``, ``stride``.
+        method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
     """
 
     def __init__(

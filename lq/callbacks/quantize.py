@@ -30,7 +30,7 @@ class Quantize(Callback):
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
         method: how amax is chosen: ``max``, ``percentile``, ``mse``, ``entropy``.
-        method_options: ``percentile``, ``start_bin``, ``stride``.
+        method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
         batches: train batches to calibrate on, on each rank.
         alpha: SmoothQuant's migration strength in [0, 1]; ``None`` does not rescale.
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 # Below 2**-100 everything shares the first bin: the bin width stays a normal float32 number.
 MIN_EXPONENT = -100
-# histc counts in float32, whole numbers are exact up to here
-CHUNK = 2**24
+# Values that are counted in one go on a CPU: their magnitudes stay in its cache, and float32, in which histc counts, is exact.
+CHUNK = 2**20
 
 
 def bins_for(num_bins: int) -> int:
@@ -71,27 +71,31 @@ def update(counts: Tensor, exponent: Tensor, rows: Tensor, peak: Tensor, skip_ze
     finite = torch.nan_to_num(peak, nan=0.0, posinf=0.0).clamp_min(2.0 ** (MIN_EXPONENT - 1))
     new_exponent = torch.maximum(exponent, torch.frexp(finite).exponent.to(torch.int32))
     counts = grow(counts, exponent, new_exponent)
-    magnitude = rows.abs().to(torch.promote_types(rows.dtype, torch.float32))
-    counts += _count(magnitude, new_exponent, counts.shape[1])
+    counts += _count(rows, new_exponent, counts.shape[1])
     if skip_zeros:
         counts[:, 0] -= (rows == 0).sum(dim=1)
     return counts, new_exponent
 
 
-def _count(magnitude: Tensor, exponent: Tensor, bins: int) -> Tensor:
-    """Counts of ``magnitude`` ``(rows, values)`` over ``[0, 2**exponent)`` in ``bins`` bins."""
-    rows = magnitude.shape[0]
+def _count(rows: Tensor, exponent: Tensor, bins: int) -> Tensor:
+    """Counts of the magnitudes of ``(rows, values)`` over ``[0, 2**exponent)`` in ``bins`` bins."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     # histc multiplies by bins before it divides by the range, so float32 must have room above
-    if rows == 1 and magnitude.device.type == "cpu" and int(exponent) < 64:
-        top = 2.0 ** int(exponent)
-        total = torch.zeros(bins, dtype=torch.int64)
-        for chunk in torch.split(magnitude.reshape(-1), CHUNK):
-            total += torch.histc(chunk, bins, 0, top).to(torch.int64)
-        return total.unsqueeze(0)
-    per_unit = torch.ldexp(torch.full_like(exponent, bins, dtype=magnitude.dtype), -exponent)
-    index = torch.nan_to_num(magnitude * per_unit.unsqueeze(1), nan=0.0).clamp_max_(bins - 1).to(torch.int64)
-    index += torch.arange(rows, device=index.device).unsqueeze(1) * bins
-    flat = torch.zeros(rows * bins, dtype=torch.int64, device=index.device)
+    if rows.shape[0] == 1 and rows.device.type == "cpu" and int(exponent) < 64:
+        return _count_in_chunks(rows.reshape(-1), dtype, bins, 2.0 ** int(exponent)).unsqueeze(0)
+    per_unit = torch.ldexp(torch.full_like(exponent, bins, dtype=dtype), -exponent)
+    index = torch.nan_to_num(rows.abs().to(dtype) * per_unit.unsqueeze(1), nan=0.0).clamp_max_(bins - 1).to(torch.int64)
+    index += torch.arange(rows.shape[0], device=index.device).unsqueeze(1) * bins
+    flat = torch.zeros(rows.shape[0] * bins, dtype=torch.int64, device=index.device)
     index = index.reshape(-1)
     # scatter_add, unlike bincount, does not ask the device how large its result is
-    return flat.scatter_add_(0, index, torch.ones_like(index)).reshape(rows, bins)
+    return flat.scatter_add_(0, index, torch.ones_like(index)).reshape(rows.shape[0], bins)
+
+
+def _count_in_chunks(values: Tensor, dtype: torch.dtype, bins: int, top: float) -> Tensor:
+    total = torch.zeros(bins, dtype=torch.int64)
+    magnitude = torch.empty(min(CHUNK, values.numel()), dtype=dtype)
+    for chunk in torch.split(values, CHUNK):
+        part = magnitude[: chunk.numel()].copy_(chunk).abs_()
+        total += torch.histc(part, bins, 0, top).to(torch.int64)
+    return total

@@ -1,20 +1,19 @@
-"""From a histogram of magnitudes to ``amax``: pure functions, vectorised over quantizers and over candidates.
+"""From a histogram of magnitudes to ``amax``: pure functions, over many quantizers and all candidates at once.
 
-Every method takes a stack of histograms, counts ``(rows, bins)``, and tries the upper edges of bins ``start_bin``, ``start_bin +
-stride``, ... as clipping magnitudes. The sums that an error needs over a quantization level are differences of prefix sums, so a
-candidate costs its number of levels and no pass over the bins. All arithmetic is float64, hence deterministic.
+A method that searches gives each candidate, the upper edge of a bin, an error, and the candidate with the least one wins. In
+units of bins candidates and grids are the same for all histograms of a stack. All arithmetic is float64.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lq.functional.grid import Bits, integer_bounds
-
-# Candidates are worked off in slices that keep the largest temporary near 64 MiB of float64.
-SLICE = 2**23
+from lq.functional import divergence
+from lq.functional.grid import Bits
+from lq.functional.rounding import rounding_errors
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,18 @@ class Search:
     """How to look for a threshold.
 
     Args:
-        num_bits: width of the integer the threshold is for.
+        num_bits: width of the integer the threshold is for, or a float format.
         unsigned: the integer has no sign, so all of its codes lie above zero.
         percentile: for ``percentile``: percentage of values to keep, in [0, 100].
         start_bin: first candidate, in bins.
         stride: bins between candidates.
+        p: for ``lp``: the norm's exponent, above 0.
+        z_threshold: leave out bins that lie more than this many standard deviations from the mean of the magnitudes.
+        min_threshold: the least result, in units of the data.
+        power_of_two: only powers of two are candidates, and ``percentile`` and ``max`` go up to the next one.
+
+    Raises:
+        ValueError: an option out of range.
     """
 
     num_bits: Bits = 8
@@ -34,112 +40,91 @@ class Search:
     percentile: float = 99.99
     start_bin: int = 128
     stride: int = 1
+    p: float = 2.0
+    z_threshold: float = math.inf
+    min_threshold: float = 0.0
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"`percentile` is {self.percentile}: it must lie in [0, 100].")
         if self.start_bin < 1 or self.stride < 1:
             raise ValueError(f"`start_bin` is {self.start_bin} and `stride` {self.stride}: both must be at least 1.")
+        for name in ("p", "z_threshold"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
+        if not 0 <= self.min_threshold < math.inf:
+            raise ValueError(f"`min_threshold` is {self.min_threshold}: it must be finite and not negative.")
 
-    @property
-    def integer_bits(self) -> int:
-        """``num_bits``, for methods that only know integers."""
-        assert isinstance(self.num_bits, int)
-        return self.num_bits
 
+# Names of the options that a caller sets; the others follow from the quantizer.
+OPTIONS = ("percentile", "start_bin", "stride", "p", "z_threshold", "min_threshold", "power_of_two")
 
+# Counts ``(rows, bins)`` and a search, to an edge in bins ``(rows,)``.
 Method = Callable[[Tensor, Search], Tensor]
 
 
 def candidates(counts: Tensor, search: Search) -> Tensor:
-    """Edges to try, in bins: int64 ``(candidates,)``. The last one covers every histogram of the stack."""
+    """Edges to try, in bins: int64 ``(candidates,)``, rising. The last one covers every histogram of the stack.
+
+    The range of a histogram is a power of two, and so are ``bins``: halves of it are the powers of two.
+    """
     bins = counts.shape[1]
+    if search.power_of_two:
+        return 2 ** torch.arange(int(math.log2(bins)) + 1, device=counts.device)
     grid = torch.arange(min(search.start_bin, bins), bins + 1, search.stride, device=counts.device)
     return grid if grid[-1] == bins else torch.cat([grid, grid.new_tensor([bins])])
 
 
-def _prefix(values: Tensor) -> Tensor:
-    """Prefix sums along bins with a leading zero: ``(rows, bins + 1)``; the sum over bins ``[a, b)`` is ``p[b] - p[a]``."""
-    return torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))
-
-
-def _best(counts: Tensor, search: Search, levels: int, error: Callable[[Tensor], Tensor], last: bool) -> Tensor:
-    """Candidate with the least ``error``, for every row; ``last`` prefers the largest among equals, else the smallest."""
-    edges = candidates(counts, search)
-    step = max(1, SLICE // (levels * counts.shape[0]))
-    errors = torch.cat([error(part) for part in torch.split(edges, step)], dim=1)
+def _least(errors: Tensor, edges: Tensor, last: bool) -> Tensor:
+    """Edge with the least error in each row; of equals (up to rounding, lest its noise choose) the first or the last."""
+    least = errors.amin(dim=1, keepdim=True)
     if last:
-        # equal up to rounding, lest its noise choose
-        equal = errors <= errors.amin(dim=1, keepdim=True) + 1e-12
-        return torch.where(equal, edges, 0).amax(dim=1)
-    return edges[errors.argmin(dim=1)]
+        return torch.where(errors <= least + 1e-12, edges, 0).amax(dim=1)
+    return torch.where(errors <= least * (1 + 1e-9), edges, edges[-1]).amin(dim=1)
+
+
+def _norm(counts: Tensor, search: Search, p: float) -> Tensor:
+    edges = candidates(counts, search)
+    return _least(rounding_errors(counts, edges, search.num_bits, search.unsigned, p), edges, last=False)
 
 
 def mse(counts: Tensor, search: Search) -> Tensor:
-    """Edge with the least mean squared quantization error, in bins, ``(rows,)``.
+    """Least mean squared rounding error (Sung et al., 2015, arXiv:1511.06488, eq. 3; NVIDIA ``_compute_amax_mse``)."""
+    return _norm(counts, search, 2)
 
-    With bins of centre :math:`x_b` and count :math:`c_b`, the error of threshold t with scale s = t / qmax is
-    :math:`\\sum_b c_b (x_b - s\\,\\mathrm{clamp}(\\mathrm{round}(x_b / s)))^2`
-    (Sung et al., 2015, arXiv:1511.06488, eq. 3; NVIDIA pytorch-quantization ``_compute_amax_mse``).
-    """
-    _, qmax = integer_bounds(search.integer_bits, search.unsigned)
-    c = counts.double()
-    centre = torch.arange(counts.shape[1], dtype=torch.float64, device=counts.device) + 0.5
-    count, first, second = _prefix(c), _prefix(c * centre), (c * centre.square()).sum(dim=1, keepdim=True)
-    level = torch.arange(1, qmax + 1, device=counts.device)
 
-    def error(edges: Tensor) -> Tensor:
-        # level q starts where centre >= (q - 1/2) s: the ceiling of ((2q - 1) edge - qmax) / (2 qmax), in integers
-        start = -((qmax - (2 * level - 1) * edges.unsqueeze(1)) // (2 * qmax))
-        start = start.clamp(0, counts.shape[1])
-        # summation by parts: value q of level q is the sum of 1, that of q squared the sum of 2q - 1, over levels up to q
-        above = (count[:, -1:, None] - count[:, start]) * (2 * level - 1).double()
-        above_first = first[:, -1:, None] - first[:, start]
-        scale = edges.double() / qmax
-        return second - 2 * scale * above_first.sum(dim=2) + scale.square() * above.sum(dim=2)
+def mae(counts: Tensor, search: Search) -> Tensor:
+    """Least mean absolute rounding error (Sony MCT's ``MAE``)."""
+    return _norm(counts, search, 1)
 
-    return _best(counts, search, qmax, error, last=False)
+
+def lp(counts: Tensor, search: Search) -> Tensor:
+    """Least sum of ``|error|**p`` (Nahshan et al., 2019, arXiv:1911.07190, eq. 6; Sony MCT's ``LP``)."""
+    return _norm(counts, search, search.p)
+
+
+def _divergence(counts: Tensor, search: Search, error: Callable[..., Tensor]) -> Tensor:
+    assert isinstance(search.num_bits, int)
+    edges = candidates(counts, search)
+    if 2 ** (search.num_bits - (not search.unsigned)) >= counts.shape[1]:
+        # a level for each bin: nothing is lost anywhere
+        return edges[-1].expand(counts.shape[0])
+    return _least(error(counts, edges, search.num_bits, search.unsigned), edges, last=True)
 
 
 def entropy(counts: Tensor, search: Search) -> Tensor:
-    """Edge with the least Kullback-Leibler divergence, in bins, ``(rows,)``: TensorRT's calibration.
+    """Least of TensorRT's divergences: :func:`lq.functional.divergence.entropy`."""
+    return _divergence(counts, search, divergence.entropy)
 
-    P is the histogram up to the edge with everything above it added to the last bin; Q is P without that, merged into
-    ``2**(num_bits - 1)`` levels (``2**num_bits`` if unsigned) and spread evenly over each level's non-empty bins (Migacz, "8-bit
-    inference with TensorRT", GTC 2017; NVIDIA pytorch-quantization ``_compute_amax_entropy``). Both are normalised. The first
-    bin counts as the second one does, so that a spike of zeros does not decide; of equal candidates the largest wins.
-    """
-    levels = 2 ** (search.integer_bits - (not search.unsigned))
-    c = counts.double().clone()
-    c[:, 0] = c[:, 1]
-    log = torch.special.xlogy
-    count, filled, self_information = _prefix(c), _prefix((c > 0).double()), _prefix(log(c, c))
-    total = count[:, -1:]
-    level = torch.arange(levels + 1, device=counts.device)
 
-    def error(edges: Tensor) -> Tensor:
-        # level j holds the bins b with floor(b * levels / edge) == j
-        start = -(-(level * edges.unsqueeze(1)) // levels)
-        mass, bins = count[:, start].diff(dim=2), filled[:, start].diff(dim=2)
-        cross = (log(mass, mass) - log(mass, bins)).sum(dim=2)
-        inside = count[:, edges]
-        outliers = total - inside
-        last = edges - 1
-        c_last = c[:, last]
-        # the last bin of P carries the outliers as well, and Q there is its level's mean; Q is zero where the bin is empty
-        top = (last * levels) // edges
-        index = top.expand(c.shape[0], -1).unsqueeze(2)
-        mean = (mass / bins.clamp_min(1)).gather(2, index).squeeze(2)
-        plain = self_information[:, edges] - log(c_last, c_last) + log(c_last + outliers, c_last + outliers)
-        divergence = (plain - cross - log(outliers, mean)) / total - total.log() + inside.log()
-        rejected: Tensor = divergence.masked_fill((outliers > 0) & (c_last == 0) | (inside == 0), torch.inf)
-        return rejected
-
-    return _best(counts, search, levels, error, last=True)
+def kl(counts: Tensor, search: Search) -> Tensor:
+    """Least divergence from the rounded histogram: :func:`lq.functional.divergence.kl`."""
+    return _divergence(counts, search, divergence.kl)
 
 
 def percentile(counts: Tensor, search: Search) -> Tensor:
-    """Smallest edge, in bins, ``(rows,)``, at or below which at least ``percentile`` percent of the values lie."""
+    """Smallest edge at or below which at least ``percentile`` percent of the values lie."""
     cumulative = counts.cumsum(dim=1)
     # this order of operations is exact where the wanted number of values is whole: 1000 * (99.9 / 100) is more than 999
     wanted = cumulative[:, -1:].double() * search.percentile / 100
@@ -147,8 +132,9 @@ def percentile(counts: Tensor, search: Search) -> Tensor:
 
 
 def noclipping(counts: Tensor, search: Search) -> Tensor:
-    """The whole range: nothing is clipped."""
-    return torch.full((counts.shape[0],), counts.shape[1], device=counts.device)
+    """Upper edge of the last bin that is not empty: nothing is clipped."""
+    bins = torch.arange(1, counts.shape[1] + 1, device=counts.device)
+    return torch.where(counts > 0, bins, 1).amax(dim=1)
 
 
 METHODS: dict[str, Method] = {
@@ -156,20 +142,35 @@ METHODS: dict[str, Method] = {
     "noclipping": noclipping,
     "percentile": percentile,
     "mse": mse,
+    "mae": mae,
+    "lp": lp,
+    "kl": kl,
     "entropy": entropy,
 }
-
-
 # Methods that count the levels of an integer.
-SEARCHES = ("mse", "entropy")
+DIVERGENCES = ("kl", "entropy")
 
 
 def check_method(method: str, num_bits: Bits = 8) -> None:
     """Raise ``ValueError`` for a method that does not exist, or not for ``num_bits``."""
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}: choose one of {', '.join(METHODS)}.")
-    if method in SEARCHES and not (isinstance(num_bits, int) and num_bits <= 16):
-        raise ValueError(f"`method` is {method!r}, for integers of 2 to 16 bits, but `num_bits` is {num_bits}: use 'max'.")
+    if method in DIVERGENCES and not isinstance(num_bits, int):
+        raise ValueError(f"`method` is {method!r}, which counts the levels of integers, but `num_bits` is {num_bits}: use 'mse'.")
+
+
+def without_outliers(counts: Tensor, z_threshold: float) -> Tensor:
+    """Counts without bins whose centre lies more than ``z_threshold`` standard deviations from the mean (Sony MCT's).
+
+    >>> without_outliers(torch.tensor([[50, 50, 50, 0, 0, 0, 0, 1]]), 4.0)
+    tensor([[50, 50, 50,  0,  0,  0,  0,  0]])
+    """
+    c = counts.double()
+    total = c.sum(dim=1, keepdim=True).clamp_min(1)
+    deviation = torch.arange(counts.shape[1], dtype=torch.float64, device=counts.device) + 0.5
+    deviation = deviation - (c * deviation).sum(dim=1, keepdim=True) / total
+    std = ((c * deviation.square()).sum(dim=1, keepdim=True) / total).sqrt()
+    return counts.masked_fill(deviation.abs() > z_threshold * std, 0)
 
 
 @torch.no_grad()
@@ -179,12 +180,16 @@ def threshold(counts: Tensor, width: Tensor, peak: Tensor, method: str, search: 
     Args:
         counts: int64 ``(rows, bins)``.
         width: width of a bin, float64 ``(rows,)``.
-        peak: true largest magnitude, ``(rows,)``; no result exceeds it, and a histogram with no count gets it.
+        peak: true largest magnitude, ``(rows,)``; unless a power of two is asked for no result exceeds it (or
+            ``min_threshold``), and a histogram with no count gets it.
         method: a key of :data:`METHODS`.
-        search: candidates and bit width.
+        search: candidates, bit width, options.
 
     Returns:
         ``(rows,)``, dtype of ``peak``.
+
+    Raises:
+        ValueError: an unknown method, or one that does not go with ``num_bits``.
 
     >>> counts = torch.tensor([[90, 9, 0, 1]])
     >>> threshold(counts, torch.tensor([0.5]), torch.tensor([1.7]), "percentile", Search(percentile=99))
@@ -192,6 +197,14 @@ def threshold(counts: Tensor, width: Tensor, peak: Tensor, method: str, search: 
     """
     search = search or Search()
     check_method(method, search.num_bits)
-    edge = METHODS[method](counts, search)
-    amax = torch.minimum((edge * width).to(peak.dtype), peak)
-    return torch.where(counts.sum(dim=1) > 0, amax, peak)
+    if search.z_threshold < math.inf:
+        counts = without_outliers(counts, search.z_threshold)
+    amax = torch.minimum((METHODS[method](counts, search) * width).to(peak.dtype), peak)
+    amax = torch.where(counts.sum(dim=1) > 0, amax, peak).clamp_min(search.min_threshold)
+    return _next_power_of_two(amax) if search.power_of_two else amax
+
+
+def _next_power_of_two(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)  # x = mantissa * 2**exponent with 0.5 <= mantissa < 1, or 0
+    power = torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
+    return torch.where(x > 0, power, x)

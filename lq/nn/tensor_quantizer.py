@@ -349,6 +349,9 @@ class TensorQuantizer(Switches, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.quant_desc.amax is not None:  # given, so a float checkpoint need not have it
+            for name, value in self.state_dict(prefix=prefix).items():
+                state_dict.setdefault(name, value)
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))

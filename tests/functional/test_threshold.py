@@ -1,5 +1,6 @@
 """`lq.functional.threshold` against searches that loop over candidates and bins, written in NumPy from the formulas."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lq.functional import threshold as module
-from lq.functional.threshold import METHODS, Search, candidates, check_method, threshold
+from lq.functional import divergence, rounding
+from lq.functional.threshold import DIVERGENCES, METHODS, Search, candidates, check_method, threshold
 
 BINS = 256
 
@@ -17,12 +18,39 @@ BINS = 256
 # The formulas, candidate by candidate
 
 
-def mse_error(counts, edge, num_bits, unsigned):
-    """Mean squared error of the bin centres, quantized with the threshold at ``edge``."""
+def rounded(x, edge, num_bits, unsigned):
+    """Magnitudes rounded to the grid that ends at ``edge``."""
+    if num_bits == (4, 3):
+        scale = edge / 448
+        return torch.tensor(np.minimum(x / scale, 448)).to(torch.float8_e4m3fn).double().numpy() * scale
     qmax = 2 ** (num_bits - (not unsigned)) - 1
     scale = edge / qmax
+    return scale * np.clip(np.rint(x / scale), 0, qmax)
+
+
+def norm_error(p):
+    def error(counts, edge, num_bits, unsigned):
+        """Sum of ``|error|**p`` over the bin centres, rounded with the threshold at ``edge``."""
+        x = np.arange(len(counts)) + 0.5
+        return float((counts * np.abs(x - rounded(x, edge, num_bits, unsigned)) ** p).sum())
+
+    return error
+
+
+def kl_error(counts, edge, num_bits, unsigned):
+    """KL(P || Q): P is the histogram, Q has the mass of each code spread over the non-empty bins that round to it."""
+    if not counts.sum():
+        return 0.0
+    qmax = 2 ** (num_bits - (not unsigned)) - 1
     x = np.arange(len(counts)) + 0.5
-    return float((counts * (x - scale * np.clip(np.rint(x / scale), 0, qmax)) ** 2).sum())
+    # half a step rounds up here, as the levels of the prefix sums do: a tie has no side that is right
+    code = np.minimum(np.floor(x * qmax / edge + 0.5), qmax)
+    p, q = counts / counts.sum(), np.zeros(len(counts))
+    for level in np.unique(code):
+        members = (code == level) & (p > 0)
+        if members.any():
+            q[members] = p[members].sum() / members.sum()
+    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 
 def entropy_error(counts, edge, num_bits, unsigned):
@@ -44,14 +72,17 @@ def entropy_error(counts, edge, num_bits, unsigned):
 
 
 def grid(bins, search):
+    if search.power_of_two:
+        return [2**k for k in range(int(np.log2(bins)) + 1)]
     edges = list(range(min(search.start_bin, bins), bins + 1, search.stride))
     return edges if edges[-1] == bins else [*edges, bins]
 
 
-ERRORS = {"mse": mse_error, "entropy": entropy_error}
+ERRORS = {"mse": norm_error(2), "mae": norm_error(1), "lp": norm_error(2.4), "kl": kl_error, "entropy": entropy_error}
 
 
 def assert_is_best(method, counts, search):
+    search = dataclasses.replace(search, p=2.4)
     edge = int(METHODS[method](torch.from_numpy(counts)[None], search))
     edges = grid(len(counts), search)
     errors = np.array([ERRORS[method](counts, e, search.num_bits, search.unsigned) for e in edges])
@@ -59,7 +90,7 @@ def assert_is_best(method, counts, search):
     if np.isinf(errors).all():
         assert edge == edges[-1]
     else:
-        assert errors[edges.index(edge)] <= errors.min() * (1 + 1e-9) + 1e-9 * counts.any()
+        assert errors[edges.index(edge)] <= errors.min() * (1 + 1e-6) + 1e-9 * counts.any()
 
 
 def histograms():
@@ -95,6 +126,7 @@ SEARCHES = [
     Search(num_bits=4, unsigned=True, start_bin=20, stride=7),
     Search(num_bits=2, start_bin=1, stride=3),
     Search(num_bits=8, start_bin=1000),
+    Search(num_bits=3, power_of_two=True),
 ]
 
 
@@ -119,8 +151,75 @@ def test_finds_the_best_of_any_histogram(method, counts, num_bits, unsigned, sta
     assert_is_best(method, counts, Search(num_bits, unsigned, start_bin=start_bin, stride=stride))
 
 
-def test_mse_takes_16_bits():
-    assert_is_best("mse", HISTOGRAMS["normal"], Search(num_bits=16, start_bin=240))
+@pytest.mark.parametrize("method", ["mse", "mae", "lp"])
+@pytest.mark.parametrize("num_bits", [16, 32, (4, 3)])
+def test_norms_take_any_grid(method, num_bits):
+    assert_is_best(method, HISTOGRAMS["heavy"], Search(num_bits=num_bits, start_bin=40, stride=3))
+
+
+@pytest.mark.parametrize("method", DIVERGENCES)
+def test_where_every_bin_has_a_level_divergences_clip_nothing(method):
+    assert METHODS[method](torch.from_numpy(HISTOGRAMS["heavy"])[None], Search(num_bits=16)).item() == BINS
+
+
+@pytest.mark.parametrize("method", DIVERGENCES)
+def test_divergences_know_integers_only(method):
+    with pytest.raises(ValueError, match=rf"'{method}', which counts the levels of integers, but `num_bits` is \(4, 3\)"):
+        threshold(torch.ones(1, 4), torch.ones(1), torch.ones(1), method, Search(num_bits=(4, 3)))
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 3.0])
+def test_lp_takes_any_exponent(p):
+    counts = torch.from_numpy(HISTOGRAMS["normal"])[None]
+    edge = METHODS["lp"](counts, Search(p=p, start_bin=40)).item()
+    errors = {e: norm_error(p)(HISTOGRAMS["normal"], e, 8, False) for e in range(40, BINS + 1)}
+    assert errors[edge] <= min(errors.values()) * (1 + 1e-6)
+
+
+# Outliers, floors, powers of two
+
+
+@pytest.mark.parametrize("z", [1.0, 3.0, 8.0])
+def test_z_threshold_leaves_out_what_lies_far_from_the_mean(z):
+    counts = HISTOGRAMS["outlier"]
+    x = np.arange(BINS) + 0.5
+    mean = (counts * x).sum() / counts.sum()
+    std = np.sqrt((counts * (x - mean) ** 2).sum() / counts.sum())
+    kept = np.where(np.abs(x - mean) > z * std, 0, counts)
+    assert kept.sum() < counts.sum()
+    for method in METHODS:
+        amax = [
+            threshold(torch.from_numpy(c)[None], torch.ones(1), torch.full((1,), 256.0), method, search)
+            for c, search in ((counts, Search(z_threshold=z, start_bin=20)), (kept, Search(start_bin=20)))
+        ]
+        assert torch.equal(*amax), method
+    assert amax[0] < BINS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_min_threshold_is_the_least_result(method):
+    counts = torch.from_numpy(HISTOGRAMS["normal"])[None]
+    width, peak = torch.tensor([1 / BINS], dtype=torch.float64), torch.ones(1)
+    assert threshold(counts, width, peak, method, Search(min_threshold=1.75)).item() == 1.75
+    assert threshold(counts, width, peak, method, Search(min_threshold=0.01)).item() > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", HISTOGRAMS)
+def test_powers_of_two_are_powers_of_two(method, name):
+    counts, width = torch.from_numpy(HISTOGRAMS[name])[None], torch.tensor([2.0**-9], dtype=torch.float64)
+    amax = threshold(counts, width, torch.tensor([0.49]), method, Search(power_of_two=True)).item()
+    assert amax in [2.0**-k for k in range(1, 10)]
+    if method in ("max", "noclipping"):
+        top = (np.nonzero(HISTOGRAMS[name])[0].max() + 1) / 2**9
+        assert amax / 2 < min(top, 0.49) <= amax
+
+
+def test_a_power_of_two_stays_what_it_is():
+    counts = torch.tensor([[0, 1, 0, 0]])
+    for peak, expected in ((0.5, 0.5), (0.26, 0.5), (0.25, 0.25), (0.0, 0.0)):
+        amax = threshold(counts, torch.tensor([0.25]), torch.tensor([peak]), "max", Search(power_of_two=True))
+        assert amax.item() == expected
 
 
 @pytest.mark.parametrize("name", HISTOGRAMS)
@@ -181,7 +280,8 @@ def test_a_stack_gives_what_each_histogram_gives_alone(method):
 def test_the_size_of_a_slice_does_not_matter(method, monkeypatch):
     counts = torch.from_numpy(np.stack(list(HISTOGRAMS.values())))
     whole = METHODS[method](counts, Search())
-    monkeypatch.setattr(module, "SLICE", 1)
+    monkeypatch.setattr(divergence, "SLICE", 1)
+    monkeypatch.setattr(rounding, "SLICE", 1)
     assert torch.equal(METHODS[method](counts, Search()), whole)
 
 
@@ -248,13 +348,19 @@ def test_a_percentile_out_of_range_is_refused(percentile):
         Search(percentile=percentile)
 
 
-@pytest.mark.parametrize("option", ["start_bin", "stride"])
+@pytest.mark.parametrize("option", ["start_bin", "stride", "p", "z_threshold"])
 def test_a_search_that_goes_nowhere_is_refused(option):
     with pytest.raises(ValueError, match=f"`{option}`"):
         Search(**{option: 0})
 
 
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_a_floor_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match="`min_threshold`"):
+        Search(min_threshold=bad)
+
+
 def test_an_unknown_method_is_refused_with_the_known_ones():
     for refuse in (lambda: check_method("median"), lambda: threshold(*[torch.ones(1, 4)] * 3, "median")):
-        with pytest.raises(ValueError, match=r"'median'.*percentile, mse, entropy"):
+        with pytest.raises(ValueError, match=r"'median'.*percentile, mse, mae, lp, kl, entropy"):
             refuse()

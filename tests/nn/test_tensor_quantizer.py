@@ -534,3 +534,15 @@ def test_moves_to_another_device_with_all_it_has():
     devices = {quantizer.amax.device.type, quantizer.pre_quant_scale.device.type, quantizer.calibrator.peak.device.type}
     assert devices == {"meta"}
     assert quantizer.to_empty(device="cpu").amax.shape == (2, 1)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_a_float_checkpoint_need_not_have_an_amax_that_the_descriptor_gives(learn):
+    desc = QuantDescriptor(amax=2.0, learn_amax=learn)
+    layer = QuantLinear(3, 2, quant_desc_input=desc)
+    layer.load_state_dict(torch.nn.Linear(3, 2).state_dict(), strict=True)
+    assert layer.input_quantizer.amax == 2
+    layer.input_quantizer.amax = 3.0
+    fresh = QuantLinear(3, 2, quant_desc_input=desc)
+    fresh.load_state_dict(layer.state_dict(), strict=True)
+    assert fresh.input_quantizer.amax == 3
