@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lq.calib import HistogramCalibrator, compute_amaxs, failing_together, sync_calibrators
-from lq.functional.threshold import OPTIONS, Search, check_method
+from lq.calib import Calibrator, HeldOutCalibrator, HistogramCalibrator, compute_amaxs, failing_together, sync_calibrators
+from lq.functional.choose import AUTO, check_choice
+from lq.functional.threshold import OPTIONS, Search
 from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import QuantModule
-from lq.nn.tensor_quantizer import TensorQuantizer, make_calibrator
+from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.surgery import named_quantizers, unquantized
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,9 +34,11 @@ def calibrating(model: M, method: Method = "max", **options: Any) -> Iterator[M]
 
     Args:
         model: a model with quantizers.
-        method: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl`` or ``entropy``; or a mapping from patterns on the short
-            names of quantizers (``{"*": "mse", "head.*": "max"}``), of which the last match wins. Any but ``max`` collects
-            histograms of inputs; weights follow the ``calib_method`` of their descriptor.
+        method: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl``, ``entropy``, or ``auto``: for each quantizer the one of
+            them with the least squared error on batches that amax was not computed from (``quantizer.calibrator.method`` says
+            which). Or a mapping from patterns on the short names of quantizers (``{"*": "mse", "head.*": "max"}``), of which the
+            last match wins. Any but ``max`` collects histograms of inputs; weights follow the ``calib_method`` of their
+            descriptor, and are all there to measure on.
         options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``z_threshold``, ``power_of_two`` ...
 
     Raises:
@@ -85,11 +88,13 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
             f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
             "through the model, or leave layers that it never calls out with a rule without descriptors."
         )
-    methods = _methods(roles, method)
-    plain = [n for n, (q, w) in roles.items() if w is None and not _has_histogram(q) and not _takes_all(methods[n])]
-    if plain:
-        raise ValueError(f"`{plain[0]}` has no histogram for method {methods[plain[0]]!r}: calibrate with that method.")
-    for name, amax in _amaxs({n: q for n, (q, _) in roles.items() if n not in unseen}, methods, options).items():
+    methods = methods_by_name(roles, method)
+    for name, (quantizer, weight) in roles.items():
+        if weight is None and not suits(quantizer.calibrator, methods[name]):
+            missing = "batches held out" if methods[name] == AUTO else "histogram"
+            raise ValueError(f"`{name}` has no {missing} for method {methods[name]!r}: calibrate with that method.")
+    calibrators = {name: quantizer.calibrator for name, (quantizer, _) in roles.items() if name not in unseen}
+    for name, amax in amaxs_by_name(calibrators, methods, options).items():
         quantizer = roles[name][0]
         if momentum and quantizer.amax is not None:
             amax = torch.lerp(amax, quantizer.amax.to(amax.device), momentum)
@@ -97,18 +102,25 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
     return model
 
 
-def _amaxs(quantizers: dict[str, TensorQuantizer], methods: dict[str, str], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Amax by name: all histograms of one method together, else the largest magnitude."""
+def amaxs_by_name(calibrators: dict[str, Calibrator], methods: dict[str, str], options: dict[str, Any]) -> dict[str, Tensor]:
+    """Amax of calibrators: all histograms of one method together, and the largest magnitude where there is no histogram."""
     amaxs: dict[str, Tensor] = {}
     for method in sorted(set(methods.values())):
-        names = [n for n, q in quantizers.items() if methods[n] == method and _has_histogram(q)]
-        amaxs |= zip(names, compute_amaxs([quantizers[n].calibrator for n in names], method, **options), strict=True)  # type: ignore[misc]
-    largest = {n: q.calibrator.compute_amax() for n, q in quantizers.items() if n not in amaxs}
+        stack = {n: c for n, c in calibrators.items() if methods[n] == method and isinstance(c, HistogramCalibrator)}
+        amaxs |= zip(stack, compute_amaxs(list(stack.values()), method, **options), strict=True)
+    largest = {name: calibrator.compute_amax() for name, calibrator in calibrators.items() if name not in amaxs}
     return amaxs | {name: amax for name, amax in largest.items() if amax is not None}
 
 
-def _methods(names: Iterable[str], method: Method) -> dict[str, str]:
-    """The method of each quantizer."""
+def methods_by_name(names: Iterable[str], method: Method) -> dict[str, str]:
+    """The method of each quantizer.
+
+    Raises:
+        ValueError: a pattern matches nothing, or no pattern a quantizer.
+
+    >>> methods_by_name(["stem.input", "head.input"], {"*": "mse", "head.*": "max"})
+    {'stem.input': 'mse', 'head.input': 'max'}
+    """
     if isinstance(method, str):
         return dict.fromkeys(names, method)
     chosen: dict[str, str] = {}
@@ -122,12 +134,14 @@ def _methods(names: Iterable[str], method: Method) -> dict[str, str]:
     return chosen
 
 
-def _has_histogram(quantizer: TensorQuantizer) -> bool:
-    return isinstance(quantizer.calibrator, HistogramCalibrator)
+def _needed(method: str) -> type[HistogramCalibrator]:
+    """What collects the statistics for a method."""
+    return HeldOutCalibrator if method == AUTO else HistogramCalibrator
 
 
-def _takes_all(method: str) -> bool:
-    return method in ("max", "noclipping")
+def suits(calibrator: Calibrator, method: str) -> bool:
+    """Whether a calibrator collects what a method needs; the largest magnitude is kept by all."""
+    return method in ("max", "noclipping") or isinstance(calibrator, _needed(method))
 
 
 # The two halves of a calibration, for those who go on training in between
@@ -136,7 +150,7 @@ def _takes_all(method: str) -> bool:
 def observe_(model: M, method: Method = "max", *, keep: bool = False) -> M:
     """Collect statistics of every input from now on, in place; quantizers go on doing what they do. ``keep`` those at hand."""
     roles = _roles(model)
-    methods = _methods(roles, method)
+    methods = methods_by_name(roles, method)
     for name, (quantizer, weight) in roles.items():
         if not keep:
             _prepare(quantizer, "max" if weight is not None else methods[name])
@@ -174,10 +188,11 @@ def _roles(model: nn.Module) -> Roles:
 
 
 def _prepare(quantizer: TensorQuantizer, method: str) -> None:
-    """Forget earlier statistics; where the method needs a histogram and the quantizer has none, give it one."""
-    if not _takes_all(method) and not _has_histogram(quantizer):
-        wanted = quantizer.quant_desc.replace(calib_method="histogram")
-        quantizer.calibrator = make_calibrator(wanted).to(quantizer.calibrator.device)
+    """Forget earlier statistics; where the method needs more than the quantizer's calibrator collects, give it another."""
+    present, num_bins = quantizer.calibrator, quantizer.quant_desc.num_bins
+    if not suits(present, method):
+        wanted = _needed(method)(present.num_bits, present.axis, present.unsigned, num_bins)
+        quantizer.calibrator = wanted.to(present.device)
     quantizer.calibrator.reset()
 
 
@@ -196,10 +211,12 @@ def _sync(roles: Roles, error: str | None = None) -> None:
     sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
 
 
-def check_options(method: Method, options: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for a method or an option that does not exist, or is out of range."""
+def check_options(method: Method, options: dict[str, Any], batches: int = 2) -> None:
+    """Raise ``ValueError`` for a method or an option that does not exist, is out of range, or needs more than ``batches``."""
     for name in [method] if isinstance(method, str) else method.values():
-        check_method(name)
+        check_choice(name)
+        if name == AUTO and batches < 2:
+            raise ValueError(f"`method` 'auto' holds batches out to measure on: it needs at least 2, not {batches}.")
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"Unknown calibration option {', '.join(map(repr, unknown))}: choose among {', '.join(OPTIONS)}.")
     Search(**options)

@@ -1,5 +1,6 @@
 """What quantization does to a model: measurements of its quantizers, and the report of a run (:mod:`lq.analysis.report`)."""
 
+from lq.analysis.calibration import calibration_rows, calibration_table
 from lq.analysis.quantizer_stats import LayerRow, QuantizerStats, measuring, table
 
-__all__ = ["LayerRow", "QuantizerStats", "measuring", "table"]
+__all__ = ["LayerRow", "QuantizerStats", "calibration_rows", "calibration_table", "measuring", "table"]

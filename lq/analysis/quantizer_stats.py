@@ -58,11 +58,18 @@ class QuantizerStats:
     def sqnr_db(self) -> float:
         """Signal to quantization noise ratio in dB; infinite without noise, NaN without values."""
         _, values, signal, noise = self._host()
-        if not values:
-            return math.nan
-        if noise == 0:
-            return math.inf
-        return 10 * math.log10(signal / noise) if signal else -math.inf
+        return decibels(signal, noise) if values else math.nan
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two energies in dB; infinite without noise.
+
+    >>> decibels(100.0, 1.0), decibels(1.0, 0.0), decibels(0.0, 1.0)
+    (20.0, inf, -inf)
+    """
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 @contextmanager
@@ -133,6 +140,7 @@ class LayerRow:
         saturated: share of values beyond amax, 0 to 1.
         sqnr_db: signal to quantization noise ratio.
         rescaled: inputs are multiplied by a ``pre_quant_scale`` first.
+        method: by which amax was chosen; ``None`` leaves it out.
     """
 
     name: str
@@ -142,6 +150,7 @@ class LayerRow:
     saturated: float
     sqnr_db: float
     rescaled: bool
+    method: str | None = None
 
 
 def table(model: nn.Module, stats: dict[str, QuantizerStats]) -> list[LayerRow]:

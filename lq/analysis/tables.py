@@ -170,13 +170,15 @@ def deployed_table(deployed: list[Deployed]) -> Table:
 
 def layer_table(layers: list[LayerRow]) -> Table:
     """What is known of each quantizer."""
-    columns = ["Quantizer", "Bits", "amax", "Peak", "Saturated (%)", "SQNR (dB)"]
+    methods = any(row.method for row in layers)
+    columns = ["Quantizer", "Bits", *["Method"] * methods, "amax", "Peak", "Saturated (%)", "SQNR (dB)"]
     # rescaling leaves a factor on few inputs, mostly on none
     columns += ["Rescaled"] * (rescaled := any(row.rescaled for row in layers))
     rows = [
         [
             row.name,
             str(row.num_bits) if isinstance(row.num_bits, int) else "E{}M{}".format(*row.num_bits),
+            *[row.method or NOTHING] * methods,
             number(row.amax),
             number(row.peak),
             percent(row.saturated, digits=3),

@@ -1,14 +1,19 @@
 """Calibrators: statistics of a tensor over batches and ranks, and the ``amax`` they give."""
 
+from lq.calib.affine import AffineCalibrator
 from lq.calib.calibrator import Calibrator
-from lq.calib.histogram import HistogramCalibrator, compute_amaxs
+from lq.calib.held_out import HeldOutCalibrator
+from lq.calib.histogram import HistogramCalibrator
 from lq.calib.max import MaxCalibrator
-from lq.calib.statistics import load_statistics, save_statistics
+from lq.calib.statistics import load_statistics, read_statistics, save_statistics
 from lq.calib.sync import failing_together, gather, sync_calibrators
+from lq.calib.together import compute_amaxs
 from lq.calib.weights import calibrate_weights
 
 __all__ = [
+    "AffineCalibrator",
     "Calibrator",
+    "HeldOutCalibrator",
     "HistogramCalibrator",
     "MaxCalibrator",
     "calibrate_weights",
@@ -16,6 +21,7 @@ __all__ = [
     "failing_together",
     "gather",
     "load_statistics",
+    "read_statistics",
     "save_statistics",
     "sync_calibrators",
 ]

@@ -21,11 +21,16 @@ class Calibrator(Metric):
         num_bits: width of the integer the amax is for.
         axis: dimensions with an amax of their own.
         unsigned: the integer has no sign.
+
+    Attributes:
+        shape: of amax; ``None`` before any data.
+        method: by which amax was computed last; ``None`` before that.
     """
 
     # states of two batches do not merge one by one (a histogram aligns its range first), so torchmetrics must not try
     full_state_update = True
     shape: tuple[int, ...] | None
+    method: str | None
     peak: Tensor
     negative: Tensor
 
@@ -33,7 +38,7 @@ class Calibrator(Metric):
         super().__init__(sync_on_compute=False)
         check_num_bits(num_bits, unsigned)
         self.num_bits, self.axis, self.unsigned = num_bits, axis, unsigned
-        self.shape = None
+        self.shape = self.method = None
         # float64 holds every magnitude of every dtype; its reduction also brings the peak of other ranks
         self.add_state("peak", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="max")
         # magnitude of the smallest negative value, looked for only where there should be none
@@ -56,9 +61,7 @@ class Calibrator(Metric):
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` as rows with their largest magnitudes, which also go into ``peak``."""
         x = x.detach()
-        shape = amax_shape(x, self.axis)
-        if self.shape is not None and shape != self.shape:
-            raise RuntimeError(f"amax changed its shape from {self.shape} to {shape}: call `reset()` before other data.")
+        shape = self._fitting(amax_shape(x, self.axis))
         rows = to_rows(x, self.axis)
         largest = rows_amax(rows)
         self.adopt(shape)
@@ -66,6 +69,12 @@ class Calibrator(Metric):
         if self.unsigned and rows.numel():
             self.negative = torch.maximum(self.negative, -rows.amin())
         return rows, largest
+
+    def _fitting(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """``shape``, if amax has had no other."""
+        if self.shape is not None and shape != self.shape:
+            raise RuntimeError(f"amax changed its shape from {self.shape} to {shape}: call `reset()` before other data.")
+        return shape
 
     def adopt(self, shape: tuple[int, ...]) -> None:
         """Take the shape of amax, with statistics of no data."""
@@ -76,13 +85,14 @@ class Calibrator(Metric):
     def statistics(self) -> dict[str, Any]:
         """All that was collected, as plain data for :meth:`load_statistics`; nothing if no batch was seen."""
         states = {name: getattr(self, name).clone() for name in self._defaults}
-        return {} if self.shape is None else {"shape": self.shape, **states}
+        return {} if self.shape is None else {"shape": self.shape, "batches": self._update_count, **states}
 
     def load_statistics(self, statistics: dict[str, Any]) -> None:
         """Go on from what :meth:`statistics` gave."""
         self.reset()
         if statistics:
             self.adopt(tuple(statistics["shape"]))
+            self._update_count = statistics["batches"]
             for name in self._defaults:
                 setattr(self, name, statistics[name].to(self.device))
 
@@ -104,4 +114,4 @@ class Calibrator(Metric):
     def reset(self) -> None:
         """Forget everything, the shape of amax included."""
         super().reset()
-        self.shape = None
+        self.shape = self.method = None

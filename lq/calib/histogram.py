@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from lq.calib.calibrator import Calibrator
 from lq.functional import histogram
 from lq.functional.amax import Axis
+from lq.functional.choose import AUTO, check_choice, least_error
 from lq.functional.grid import Bits
-from lq.functional.threshold import Search, check_method, threshold
+from lq.functional.threshold import Search, threshold
 
 
 class HistogramCalibrator(Calibrator):
@@ -60,7 +60,8 @@ class HistogramCalibrator(Calibrator):
     def update(self, x: Tensor) -> None:
         """Count the magnitudes of ``x``."""
         rows, peak = self._rows(x)
-        self.counts, self.exponent = histogram.update(self.counts, self.exponent, rows, peak, self.skip_zeros)
+        skip = histogram.zeros(rows) if self.skip_zeros else None
+        self.counts, self.exponent = histogram.update(self.counts, self.exponent, rows, peak, skip)
 
     def adopt(self, shape: tuple[int, ...]) -> None:
         if self.shape is None:
@@ -88,10 +89,11 @@ class HistogramCalibrator(Calibrator):
         min_threshold: float = 0.0,
         power_of_two: bool = False,
     ) -> Tensor | None:
-        """Amax by ``method``: a key of :data:`lq.functional.threshold.METHODS`.
+        """Amax by ``method``: a key of :data:`lq.functional.threshold.METHODS`, or ``auto``.
 
         Args:
-            method: how amax is chosen: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl``, ``entropy``.
+            method: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl``, ``entropy``; or ``auto``, the one of them with the
+                least squared error on :meth:`split` data. :attr:`method` then says which.
             stride: bins between candidates, where the method searches.
             start_bin: first candidate, likewise.
             percentile: percentage of values to keep (``percentile``).
@@ -105,23 +107,18 @@ class HistogramCalibrator(Calibrator):
         """
         options = (percentile, start_bin, stride, p, z_threshold, min_threshold, power_of_two)
         search = Search(self.num_bits, self.unsigned, *options)
-        check_method(method, self.num_bits)
-        return self._shaped(threshold(self.counts, self.width, self.peak, method, search)) if self.collected else None
+        check_choice(method, self.num_bits)
+        if not self.collected:
+            return None
+        if method == AUTO:
+            layer = torch.zeros(len(self.counts), dtype=torch.int64, device=self.device)
+            (method,) = least_error(*self.split(), self.width, self.peak, layer, search)
+        self.method = method
+        return self._shaped(threshold(self.counts, self.width, self.peak, method, search))
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Counts that ``auto`` computes amax from, and those on which it measures the error: here both are all of them."""
+        return self.counts, self.counts
 
     def extra_repr(self) -> str:
         return f"num_bins={self.counts.shape[1] // 2}"
-
-
-def compute_amaxs(calibrators: Sequence[HistogramCalibrator], method: str, **options: Any) -> list[Tensor]:
-    """``compute_amax`` of each of many calibrators, which have seen data: those of one kind at once, which is much quicker."""
-    kinds: dict[Any, list[HistogramCalibrator]] = {}
-    for calibrator in calibrators:
-        kind = (calibrator.num_bits, calibrator.unsigned, calibrator.counts.shape[1], calibrator.device)
-        kinds.setdefault(kind, []).append(calibrator)
-    amaxs: dict[HistogramCalibrator, Tensor] = {}
-    for (num_bits, unsigned, _, _), alike in kinds.items():
-        counts, width, peak = (torch.cat(parts) for parts in zip(*((c.counts, c.width, c.peak) for c in alike), strict=True))
-        amax = threshold(counts, width, peak, method, Search(num_bits, unsigned, **options))
-        for calibrator, part in zip(alike, torch.split(amax, [len(c.counts) for c in alike]), strict=True):
-            amaxs[calibrator] = calibrator._shaped(part)
-    return [amaxs[calibrator] for calibrator in calibrators]

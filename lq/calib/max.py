@@ -40,7 +40,10 @@ class MaxCalibrator(Calibrator):
 
     def compute_amax(self) -> Tensor | None:
         """The largest magnitude of all that was collected."""
-        return self._shaped(self.peak) if self.collected else None
+        if not self.collected:
+            return None
+        self.method = "max"
+        return self._shaped(self.peak)
 
     def reset(self) -> None:
         """Forget everything."""

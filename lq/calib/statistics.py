@@ -8,11 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lq.calib.affine import AffineCalibrator
 from lq.calib.calibrator import Calibrator
+from lq.calib.held_out import HeldOutCalibrator
 from lq.calib.histogram import HistogramCalibrator
 from lq.calib.max import MaxCalibrator
 
-KINDS = {"max": MaxCalibrator, "histogram": HistogramCalibrator}
+KINDS: dict[str, type[Calibrator]] = {
+    "affine": AffineCalibrator,
+    "max": MaxCalibrator,
+    "histogram": HistogramCalibrator,
+    "held_out": HeldOutCalibrator,
+}
 
 
 def save_statistics(model: nn.Module, path: str | Path) -> Path:
@@ -37,7 +44,7 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
     >>> model[0].input_quantizer.amax
     tensor(3.)
     """
-    _require_safetensors()
+    require_safetensors()
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -45,12 +52,13 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
     about: dict[str, dict[str, Any]] = {}
     for name, owner in _owners(model):
         calibrator = _calibrator(owner)
-        if statistics := calibrator.statistics():
-            kind = next(kind for kind, cls in KINDS.items() if isinstance(calibrator, cls))
-            about[name] = {"kind": kind, "shape": list(statistics.pop("shape"))}
-            tensors |= {f"{name}.{state}": value.cpu().contiguous() for state, value in statistics.items()}
+        if calibrator.collected:
+            states = {key: v for key, v in calibrator.statistics().items() if isinstance(v, Tensor)}
+            tensors |= {f"{name}.{state}": value.cpu().contiguous() for state, value in states.items()}
+            about[name] = _described(calibrator)
     if not tensors:
         raise ValueError(f"No calibrator of {type(model).__name__} saw data: calibrate before you save its statistics.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, {"calibrators": json.dumps(about)})
@@ -60,18 +68,27 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
     return path
 
 
-def load_statistics(model: nn.Module, path: str | Path) -> None:
-    """Give calibrators the statistics that :func:`save_statistics` wrote, in place; amax stays until it is computed anew.
+def _described(calibrator: Calibrator) -> dict[str, Any]:
+    statistics = calibrator.statistics()
+    return {
+        "kind": next(kind for kind, cls in KINDS.items() if type(calibrator) is cls),
+        "num_bits": calibrator.num_bits,
+        "axis": calibrator.axis,
+        "unsigned": calibrator.unsigned,
+        "shape": statistics["shape"],
+        "batches": statistics["batches"],
+    }
 
-    Args:
-        model: the model they are of, or one with quantizers of the same names.
-        path: the file.
+
+def read_statistics(path: str | Path) -> dict[str, Calibrator]:
+    """Calibrators with the statistics that :func:`save_statistics` wrote, by the short names of their quantizers.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file of another kind, or quantizers that the model does not have (named); then nothing is loaded.
+        ValueError: a file of another kind.
+        ImportError: safetensors is not installed.
     """
-    _require_safetensors()
+    require_safetensors()
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -84,21 +101,47 @@ def load_statistics(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path} is no file of statistics, or cut short: {error}.") from None
     if about is None:
         raise ValueError(f"{path} is a safetensors file, but none that `save_statistics` wrote.")
-    owners = dict(_owners(model))
-    if unknown := sorted(set(about) - set(owners)):
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in about}
+    for key, value in tensors.items():
+        name, _, state = key.rpartition(".")
+        states[name][state] = value
+    return {name: _restored(facts, states[name]) for name, facts in about.items()}
+
+
+def _restored(facts: dict[str, Any], states: dict[str, Tensor]) -> Calibrator:
+    num_bits, axis = (tuple(v) if isinstance(v, list) else v for v in (facts["num_bits"], facts["axis"]))
+    options: dict[str, Any] = {} if facts["kind"] == "affine" else {"unsigned": facts["unsigned"]}
+    if "counts" in states:
+        options["num_bins"] = states["counts"].shape[-1] // 2
+    calibrator = KINDS[facts["kind"]](num_bits, axis, **options)
+    calibrator.load_statistics({"shape": facts["shape"], "batches": facts["batches"], **states})
+    return calibrator
+
+
+def load_statistics(model: nn.Module, path: str | Path) -> None:
+    """Give calibrators the statistics that :func:`save_statistics` wrote, in place; amax stays until it is computed anew.
+
+    Args:
+        model: the model they are of, or one with quantizers of the same names and axes; their widths may differ.
+        path: the file.
+
+    Raises:
+        FileNotFoundError, ImportError: as :func:`read_statistics`.
+        ValueError: a file of another kind, or quantizers that the model does not have, or has with another axis (named); then
+            nothing is loaded.
+    """
+    owners, calibrators = dict(_owners(model)), read_statistics(path)
+    if unknown := sorted(set(calibrators) - set(owners)):
         raise ValueError(f"{path} has statistics of {', '.join(unknown[:5])} ({len(unknown)} in all), which the model has not.")
-    for name, facts in about.items():
-        states = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.rpartition(".")[0] == name}
+    for name, calibrator in calibrators.items():
+        axis = _calibrator(owners[name]).axis
+        if calibrator.axis != axis:
+            raise ValueError(f"{path} has statistics of `{name}` with axis {calibrator.axis}, but its quantizer has axis {axis}.")
+    for name, calibrator in calibrators.items():
         old = _calibrator(owners[name])
-        new = _like(old, facts["kind"], states).to(old.device)
-        new.load_statistics({"shape": facts["shape"], **states})
-        owners[name].calibrator = new
-
-
-def _like(old: Calibrator, kind: str, states: dict[str, Tensor]) -> Calibrator:
-    if kind == "max":
-        return MaxCalibrator(old.num_bits, old.axis, old.unsigned)
-    return HistogramCalibrator(old.num_bits, old.axis, old.unsigned, states["counts"].shape[1] // 2)
+        # what they are for is the model's own business
+        calibrator.num_bits, calibrator.unsigned = old.num_bits, old.unsigned
+        owners[name].calibrator = calibrator.to(old.device)
 
 
 def _calibrator(owner: nn.Module) -> Calibrator:
@@ -107,7 +150,8 @@ def _calibrator(owner: nn.Module) -> Calibrator:
     return calibrator
 
 
-def _require_safetensors() -> None:
+def require_safetensors() -> None:
+    """Raise ``ImportError`` with the remedy if safetensors is not installed."""
     if find_spec("safetensors") is None:
         raise ImportError('Statistics are kept by safetensors: pip install "lightning-lq[recipes]".')
 

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lq.calibration import check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
+from lq.calibration import Method, check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
 from lq.callbacks.steps import total_steps
 from lq.nn import TensorQuantizer
 from lq.schedule import is_observing, is_refresh, to_steps
@@ -28,7 +28,7 @@ class ScaleFreeze(Callback):
         momentum: share of the present amax that a refresh keeps, in [0, 1).
         freeze_after: steps, or as a float a share of all steps, after which amax stays for good; ``None`` never freezes.
         batchnorm: let BatchNorm statistics stay too from the freeze point on.
-        method: how a refresh chooses amax.
+        method: how a refresh chooses amax, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
     """
 
@@ -40,10 +40,10 @@ class ScaleFreeze(Callback):
         momentum: float = 0.5,
         freeze_after: int | float | None = 0.5,
         batchnorm: bool = True,
-        method: str = "mse",
+        method: Method = "mse",
         method_options: dict[str, Any] | None = None,
     ) -> None:
-        check_options(method, method_options or {})
+        check_options(method, method_options or {}, observe)
         to_steps(refresh_every, 1, "refresh_every")
         to_steps(freeze_after, 1, "freeze_after")
         if not 0 <= momentum < 1:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lq.calibration import Method
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
@@ -36,7 +37,7 @@ class QuantizationAwareTraining(Callback):
         self,
         rules: Rules = "int8",
         *,
-        method: str = "mse",
+        method: Method = "mse",
         alpha: float | None = 0.5,
         lr: float | None = 0.01,
         export: str | Path | None = None,

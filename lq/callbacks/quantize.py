@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
 from lq.analysis.records import Histogram, histograms
-from lq.calib import failing_together
-from lq.calibration import calibrating, check_options
+from lq.calib import failing_together, save_statistics
+from lq.calib.statistics import require_safetensors
+from lq.calibration import Method, calibrating, check_options
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
 from lq.descriptor import Rules
@@ -29,13 +31,21 @@ class Quantize(Callback):
 
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
-        method: how amax is chosen: ``max``, ``percentile``, ``mse``, ``entropy``.
+        method: how amax is chosen, for all or by patterns on names, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
         batches: train batches to calibrate on, on each rank.
         alpha: SmoothQuant's migration strength in [0, 1]; ``None`` does not rescale.
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
         stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
             metrics, and loggers get them as ``<stage>/<metric>``.
+        dirpath: folder to leave the calibrated model in, as ``calibrated.ckpt``, and what calibration collected, as
+            ``statistics.safetensors`` (:func:`lq.calib.save_statistics`): ``lq recalibrate`` tries other methods on them.
+
+    Attributes:
+        stages: metrics of each stage.
+        rescaled: what SmoothQuant did.
+        histograms: what calibration saw, by quantizer.
+        methods: by which amax was chosen, by quantizer: what ``auto`` picked.
 
     Raises:
         ValueError: an argument out of range; rules that do not fit the module; bad calibration data.
@@ -47,24 +57,28 @@ class Quantize(Callback):
         self,
         rules: Rules = "int8",
         *,
-        method: str = "mse",
+        method: Method = "mse",
         method_options: dict[str, Any] | None = None,
         batches: int = 8,
         alpha: float | None = 0.5,
         excluded_modules: Excluded | None = None,
         stages: bool = True,
+        dirpath: str | Path | None = None,
     ) -> None:
-        check_options(method, method_options or {})
+        check_options(method, method_options or {}, batches)
+        if dirpath is not None:
+            require_safetensors()
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` is {alpha}: it must lie in [0, 1], or be None for no rescaling.")
         if batches < 1:
             raise ValueError(f"`batches` is {batches}: calibration needs at least 1.")
         self.rules, self.method, self.method_options = rules, method, method_options or {}
         self.batches, self.alpha, self.excluded_modules = batches, alpha, excluded_modules
-        self.validate_stages = stages
+        self.validate_stages, self.dirpath = stages, dirpath
         self.stages: dict[str, dict[str, float]] = {}
         self.rescaled: list[RescaledGroup] = []
         self.histograms: dict[str, Histogram] = {}
+        self.methods: dict[str, str] = {}
 
     def calibration_step(self, pl_module: LightningModule, batch: Any) -> None:
         """Run the model on a calibration batch. Override it for batches that need more.
@@ -92,6 +106,7 @@ class Quantize(Callback):
             return
         try:
             self._prepare(trainer, pl_module)
+            self._keep(trainer, pl_module)
         except BaseException:
             # half of it is nothing: the next fit does it all
             for quantizer in pending:
@@ -116,6 +131,15 @@ class Quantize(Callback):
         self.rescaled = calibrator.groups
         self._calibrate(trainer, pl_module)
         self._validate(trainer, pl_module, "rescaled")
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave behind what other methods need."""
+        if self.dirpath is None:
+            return
+        folder = Path(self.dirpath)
+        trainer.save_checkpoint(folder / "calibrated.ckpt", weights_only=True)
+        if trainer.is_global_zero:
+            save_statistics(pl_module, folder / "statistics.safetensors")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validate(trainer, pl_module, "qat")
@@ -142,6 +166,9 @@ class Quantize(Callback):
         with calibrating(pl_module, self.method, **self.method_options):
             self._run_batches(trainer, pl_module, "Calibrating")
         self.histograms = histograms(pl_module)
+        self.methods = {n: q.calibrator.method for n, q in named_quantizers(pl_module) if q.calibrator.method is not None}
+        if self.method == "auto":
+            rank_zero_info("auto picked " + ", ".join(f"{self.methods[name]} for {name}" for name in self.histograms))
 
     def _run_batches(
         self,

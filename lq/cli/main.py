@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-VERBS = ("run",)
+VERBS = ("run", "recalibrate")
 
 
 class UserError(SystemExit):
@@ -77,11 +77,13 @@ def _job(cfg: Any) -> Any:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
+    from lq.cli.recalibrate import recalibrate
     from lq.cli.run import run
 
+    verb = {"run": run, "recalibrate": recalibrate}[str(HydraConfig.get().job.config_name)]
     explained = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
     try:
-        return run(cfg)
+        return verb(cfg)
     except (*explained, InstantiationException, OmegaConfBaseException) as error:
         # HYDRA_FULL_ERROR=1 shows where the error came from
         if os.environ.get("HYDRA_FULL_ERROR"):

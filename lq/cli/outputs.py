@@ -1,17 +1,44 @@
-"""What a run leaves behind besides its report."""
+"""What a run finds and leaves behind, besides its report."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig, OmegaConf
 
 from lq.analysis.quantizer_stats import LayerRow, measuring, table
 from lq.analysis.records import Histogram, Report
 from lq.cli.deploy import Deployment, inputs
 from lq.nn.evaluating import evaluating
+
+
+def prepare_folder(cfg: DictConfig) -> Path:
+    """The output folder, with the resolved config in it: made, and tried out, before any work."""
+    folder = Path(cfg.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _get_rank():
+            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    except OSError as error:
+        raise OSError(f"`output_dir` {folder} cannot be written ({error.strerror}): set hydra.run.dir to another.") from error
+    return folder
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint or a state dict, on the CPU."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.get("state_dict", checkpoint)
+    except (OSError, EOFError, RuntimeError, UnpicklingError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"`ckpt_path` {path} cannot be read ({reason}): give a Lightning checkpoint or a state dict.") from None
+    return checkpoint
 
 
 def measure_layers(model: LightningModule, data: LightningDataModule, seen: dict[str, Histogram]) -> list[LayerRow]:

@@ -1,25 +1,24 @@
 """``lq run``: from a float model to a verified INT8 graph."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
 from lq.callbacks import QATSchedule, Quantize
 from lq.cli.deploy import Deployment, deploy, validate_onnx
-from lq.cli.outputs import log_figures, log_last, measure_layers, write_metrics
+from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, read_checkpoint, write_metrics
 from lq.export._require import require
 from lq.export.check import fits_int8
 from lq.surgery import named_quantizers, quantize_
@@ -83,6 +82,10 @@ def describe(
     """The report of the run."""
     history = folder / "metrics" / "metrics.csv"
     folded = sum(group.action == "folded" for group in quantize.rescaled)
+    layers = measure_layers(model, data, quantize.histograms)
+    methods = {name: quantize.methods[name] for name in quantize.histograms}
+    if len(set(methods.values())) > 1:
+        layers = [replace(row, method=methods.get(row.name)) for row in layers]
     notes = {"calibration": f"{quantize.method}, {quantize.batches} train batches"}
     if quantize.alpha is not None:
         notes["rescaling"] = f"alpha {quantize.alpha}: {folded} of {len(quantize.rescaled)} groups folded, others inserted"
@@ -90,7 +93,7 @@ def describe(
         title=f"{cfg.name}: float to INT8",
         stages=[Stage(name, metrics) for name, metrics in quantize.stages.items()],
         deployed=[] if deployment is None else [deployment.float, deployment.quantized],
-        layers=measure_layers(model, data, quantize.histograms),
+        layers=layers,
         notes=notes | ({} if deployment is None else deployment.notes()),
         histograms=quantize.histograms,
         history=read_history(history) if history.exists() else [],
@@ -127,18 +130,6 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
     return quantize
 
 
-def prepare_folder(cfg: DictConfig) -> Path:
-    """The output folder, with the resolved config in it: made, and tried out, before any work."""
-    folder = Path(cfg.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _get_rank():
-            OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    except OSError as error:
-        raise OSError(f"`output_dir` {folder} cannot be written ({error.strerror}): set hydra.run.dir to another.") from error
-    return folder
-
-
 def train_float(cfg: DictConfig, model: LightningModule, data: LightningDataModule, folder: Path) -> None:
     """Train in float and keep the checkpoint."""
     trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.float_epochs, logger=False, enable_checkpointing=False)
@@ -148,12 +139,8 @@ def train_float(cfg: DictConfig, model: LightningModule, data: LightningDataModu
 
 def load_float(model: LightningModule, path: str) -> None:
     """Load float weights from a Lightning checkpoint or a state dict."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint.get("state_dict", checkpoint)
-    except (OSError, EOFError, RuntimeError, UnpicklingError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"`ckpt_path` {path} cannot be read ({reason}): give a Lightning checkpoint or a state dict.") from None
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("state_dict", checkpoint)
     if quantized := [key for key in state if key.endswith("_quantizer._amax")]:
         raise ValueError(f"`ckpt_path` {path} is quantized already (it has {quantized[0]}): give the float checkpoint.")
     try:

@@ -125,9 +125,14 @@ def kl(counts: Tensor, search: Search) -> Tensor:
 
 def percentile(counts: Tensor, search: Search) -> Tensor:
     """Smallest edge at or below which at least ``percentile`` percent of the values lie."""
+    return percentile_edges(counts, search.percentile)
+
+
+def percentile_edges(counts: Tensor, percentile: float) -> Tensor:
+    """Edge in bins at or below which at least ``percentile`` percent of the counts lie, ``(rows,)``."""
     cumulative = counts.cumsum(dim=1)
     # this order of operations is exact where the wanted number of values is whole: 1000 * (99.9 / 100) is more than 999
-    wanted = cumulative[:, -1:].double() * search.percentile / 100
+    wanted = cumulative[:, -1:].double() * percentile / 100
     return torch.searchsorted(cumulative.double(), wanted).squeeze(1).clamp_max(counts.shape[1] - 1) + 1
 
 

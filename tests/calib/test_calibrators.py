@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lq.calib import HistogramCalibrator, MaxCalibrator
+from lq.calib import AffineCalibrator, HistogramCalibrator, MaxCalibrator
 from lq.functional.threshold import METHODS, Search, threshold
 
 MAKERS = {
@@ -20,6 +20,9 @@ MAKERS = {
     "histogram, axis": lambda: HistogramCalibrator(num_bins=32, axis=1),
     "histogram, unsigned 4 bit": lambda: HistogramCalibrator(4, None, True, num_bins=32),
     "histogram, no zeros": lambda: HistogramCalibrator(num_bins=32, skip_zeros=True),
+    "affine": lambda: AffineCalibrator(num_bins=32),
+    "affine, axis": lambda: AffineCalibrator(num_bins=32, axis=1),
+    "affine, no zeros": lambda: AffineCalibrator(num_bins=32, axis=(1, -1), skip_zeros=True),
 }
 HISTOGRAMS = [name for name in MAKERS if "histogram" in name]
 
@@ -113,7 +116,7 @@ def test_collecting_leaves_the_data_and_its_graph_alone(make):
     assert not any(state.requires_grad for state in calibrator.metric_state.values())
 
 
-@pytest.mark.parametrize("name", ["max, axis", "histogram, axis"])
+@pytest.mark.parametrize("name", ["max, axis", "histogram, axis", "affine, axis"])
 def test_another_shape_of_amax_raises_and_changes_nothing(name):
     calibrator = collected(MAKERS[name](), [torch.ones(2, 3)])
     before = statistics(calibrator)

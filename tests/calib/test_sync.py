@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from lq.calib import HistogramCalibrator, MaxCalibrator, sync_calibrators
+from lq.calib import AffineCalibrator, HeldOutCalibrator, HistogramCalibrator, MaxCalibrator, sync_calibrators
 from lq.calibration import calibrating
+from lq.functional.histogram import grow
 from lq.surgery import named_quantizers, quantize_
 
 WORLDS = (2, 3)
@@ -31,7 +34,7 @@ def shares(world):
 
 
 def calibrators():
-    kinds = [MaxCalibrator, HistogramCalibrator]
+    kinds = [MaxCalibrator, HistogramCalibrator, AffineCalibrator]
     unused = [HistogramCalibrator(num_bins=8), MaxCalibrator()]
     return [kind(axis=axis) for kind in kinds for axis in (None, 1, (1, 3))] + unused
 
@@ -106,6 +109,44 @@ def collectives(used):
     return len(calls)
 
 
+# Numbers of either sign that are zero, denormal, or up to 10^12 apart; batches of them may be empty.
+NUMBERS = st.one_of(
+    st.just(0.0),
+    st.floats(2.0**-20, 2.0**20, width=32),
+    st.floats(-(2.0**20), -(2.0**-20), width=32),
+    st.floats(0, 2.0**-127, width=32),
+)
+BATCHES = st.lists(st.lists(NUMBERS, max_size=6).map(torch.tensor), max_size=6)
+
+
+def any_share(rank, world):
+    """Any batches in any order, shared out in any way: the same on all ranks, whose random numbers are the same."""
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(BATCHES, st.data())
+    def holds(batches, data):
+        owner = [data.draw(st.integers(0, world - 1)) for _ in batches]
+        ours, one = ([MaxCalibrator(), HistogramCalibrator(num_bins=8), AffineCalibrator(num_bins=8)] for _ in "ab")
+        for batch, whose in zip(batches, owner, strict=True):
+            for calibrator in (ours if whose == rank else []) + one:
+                calibrator.collect(batch)
+        sync_calibrators(ours)
+        # the ranks have the same statistics by now, so they fail together, or not at all
+        assert str(statistics(ours)) == str(statistics(one))
+
+    holds()
+
+
+def held_out(rank, world):
+    """Each rank holds batches of its own out; the counts merge."""
+    calibrator = HeldOutCalibrator(num_bins=8)
+    for i in range(2 + 3 * rank):
+        calibrator.collect(torch.tensor([10.0 ** (i - rank)]))
+    sync_calibrators([calibrator])
+    amax = calibrator.compute_amax("auto")
+    return calibrator.counts.tolist(), calibrator.held_out.tolist(), amax, calibrator.method
+
+
 def everything(rank, world):
     results = {}
     for name, share in shares(world).items():
@@ -118,6 +159,8 @@ def everything(rank, world):
     results["block"] = message(fails_in_the_block, rank)
     results["nan"] = message(meets_nan, rank)
     results["shapes"] = message(sees_another_shape, rank)
+    results["any share"] = message(any_share, rank, world)
+    results["held out"] = held_out(rank, world)
     results["collectives"] = [collectives(collected([])[:n]) for n in (1, 3, 8)]
     return results
 
@@ -161,6 +204,23 @@ def test_every_rank_has_the_statistics_of_one_process_on_the_union(results, one,
             for name, state in one_states.items():
                 assert states[name].dtype == state.dtype
                 assert torch.equal(states[name], state)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_any_batches_shared_out_in_any_way_are_those_of_one_process(results, world):
+    assert [mine["any share"] for mine in results[world]] == ["no error"] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_batches_held_out_on_any_rank_are_held_out_on_all(results, world):
+    values = [(i, 10.0 ** (i - rank)) for rank in range(world) for i in range(2 + 3 * rank)]
+    one, apart = HistogramCalibrator(num_bins=8), HistogramCalibrator(num_bins=8)
+    one.collect(torch.tensor([value for _, value in values]))
+    apart.collect(torch.tensor([value for i, value in values if i % 4 == 1]))
+    expected = grow(apart.counts, apart.exponent, one.exponent)
+    for mine in results[world]:
+        assert mine["held out"][:2] == (one.counts.tolist(), expected.tolist())
+    assert len({str(mine["held out"]) for mine in results[world]}) == 1
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -215,3 +275,7 @@ def test_one_process_needs_no_process_group():
 def test_a_reported_error_is_raised_in_one_process_too():
     with pytest.raises(ValueError, match=r"^no disk left$"):
         sync_calibrators([MaxCalibrator()], "no disk left")
+
+
+def test_one_process_has_the_statistics_of_any_batches():
+    any_share(0, 1)

@@ -68,7 +68,13 @@ def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice)
 
 
 def test_what_is_chosen_arrives(tmp_path):
-    told = ["calib=entropy", "quant=int8_per_tensor", "rescale.alpha=0.75", "schedule.refresh_every=50", "calib.start_bin=64"]
+    told = [
+        "calib=entropy",
+        "quant=int8_per_tensor",
+        "rescale.alpha=0.75",
+        "schedule.refresh_every=50",
+        "calib.options.start_bin=64",
+    ]
     callbacks = instantiate(config(tmp_path, *told, "quant.overrides=[{pattern: head}]").callbacks)
     quantize, freeze = callbacks["quantize"], callbacks["freeze"]
     assert (quantize.method, quantize.method_options["start_bin"], quantize.alpha) == ("entropy", 64, 0.75)

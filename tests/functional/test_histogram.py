@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def collect(batches, bins=BINS, skip_zeros=False):
     """Histogram of batches ``(rows, values)``."""
     counts, exponent = empty_histogram(batches[0].shape[0], bins)
     for batch in batches:
-        counts, exponent = update(counts, exponent, batch, rows_amax(batch), skip_zeros)
+        counts, exponent = update(counts, exponent, batch, rows_amax(batch), histogram.zeros(batch) if skip_zeros else None)
     return counts, exponent
 
 
@@ -42,11 +43,9 @@ def assert_is_reference(result, rows):
 
 @pytest.fixture(params=["fast", "general"])
 def path(request, monkeypatch):
-    """Run once as on CPU, once by the scatter path that other devices take."""
+    """Run once as on a CPU, once in the way of other devices."""
     if request.param == "general":
-        count = histogram._count
-        # a second row of zeros leads past the fast path
-        monkeypatch.setattr(histogram, "_count", lambda m, e, b: count(torch.cat([m, 0 * m]), e.repeat(2), b)[: len(m)])
+        monkeypatch.setattr(histogram, "_count_on_cpu", histogram._count)
     return request.param
 
 
@@ -97,13 +96,16 @@ def test_every_float_dtype_is_counted_exactly(dtype):
     assert_is_reference(collect([x[:, :1000], x[:, 1000:] * 2]), torch.cat([x[:, :1000], x[:, 1000:] * 2], dim=1))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_the_fast_path_counts_as_the_general_path(scale):
-    x = torch.randn(1, 5000) * scale
-    fast, _ = collect([x], 4096)
-    general, _ = collect([torch.cat([x, x])], 4096)
-    assert torch.equal(fast[0], general[0])
-    assert torch.equal(fast[0], general[1])
+@pytest.mark.parametrize("bins", [4096, 2**16])
+@pytest.mark.parametrize("scale", [1e-44, 1e-36, 1.0, 1e36])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_cpu_counts_as_other_devices_do(monkeypatch, rows, scale, bins):
+    x = torch.randn(rows, 5000) * scale
+    fast, _ = collect([x], bins)
+    monkeypatch.setattr(histogram, "_count_on_cpu", histogram._count)
+    general, _ = collect([x], bins)
+    assert torch.equal(fast, general)
+    assert fast.sum() == rows * 5000
 
 
 def test_each_channel_is_counted_as_if_alone():
@@ -126,19 +128,31 @@ def test_counts_do_not_stop_at_2_to_the_24():
     assert (more - counts)[0].sum() == 3
 
 
-def test_more_values_than_float32_can_count_are_counted_in_chunks(monkeypatch):
-    seen = []
-    histc = torch.histc
-    monkeypatch.setattr(torch, "histc", lambda x, *args: seen.append(x.numel()) or histc(x, *args))
-    monkeypatch.setattr(histogram, "CHUNK", 7)
-    counts, _ = collect([torch.full((1, 50), 0.9)])
-    assert counts.sum() == 50
-    assert max(seen) == 7
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_counts_the_same_in_pieces(monkeypatch, threads):
+    x = torch.randn(2, 999)
+    expected, _ = collect([x])
+    monkeypatch.setattr(histogram, "CHUNK", 70)
+    monkeypatch.setattr(histogram, "PARALLEL", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    counts, _ = collect([x])
+    assert torch.equal(counts, expected)
 
 
-def test_a_chunk_is_no_larger_than_float32_can_count():
-    assert np.float32(histogram.CHUNK - 1) + np.float32(1) == histogram.CHUNK
-    assert histogram.CHUNK <= 2**24
+def count_in_a_fork(queue):
+    queue.put(collect([torch.ones(1, 100)])[0].sum().item())
+
+
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(histogram, "PARALLEL", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    collect([torch.ones(1, 100)])
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    process = fork.Process(target=count_in_a_fork, args=(queue,), daemon=True)
+    process.start()
+    assert queue.get(timeout=60) == 100
+    process.join()
 
 
 @pytest.mark.usefixtures("path")

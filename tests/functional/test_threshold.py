@@ -38,29 +38,29 @@ def norm_error(p):
 
 
 def kl_error(counts, edge, num_bits, unsigned):
-    """KL(P || Q): P is the histogram, Q has the mass of each code spread over the non-empty bins that round to it."""
-    if not counts.sum():
-        return 0.0
+    """KL(P || Q) with the codes as levels, each with the bins that round to it."""
     qmax = 2 ** (num_bits - (not unsigned)) - 1
-    x = np.arange(len(counts)) + 0.5
+    x = np.arange(edge) + 0.5
     # half a step rounds up here, as the levels of the prefix sums do: a tie has no side that is right
     code = np.minimum(np.floor(x * qmax / edge + 0.5), qmax)
-    p, q = counts / counts.sum(), np.zeros(len(counts))
-    for level in np.unique(code):
-        members = (code == level) & (p > 0)
-        if members.any():
-            q[members] = p[members].sum() / members.sum()
-    return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
+    return divergence_from_levels(counts, edge, code)
 
 
 def entropy_error(counts, edge, num_bits, unsigned):
-    """KL(P || Q) of Migacz's talk: P has the outliers in its last bin, Q is merged into levels and spread over non-empty bins."""
+    """KL(P || Q) of Migacz's talk, with levels of equal width."""
     levels = 2 ** (num_bits - (not unsigned))
+    return divergence_from_levels(counts, edge, np.array([b * levels // edge for b in range(edge)]))
+
+
+def divergence_from_levels(counts, edge, level):
+    """KL(P || Q): P has the outliers in its last bin, Q has the mass of each level spread over its non-empty bins.
+
+    The first bin counts as the second one.
+    """
     counts = counts.astype(np.float64)
     counts[0] = counts[1]
     p, q = counts[:edge].copy(), np.zeros(edge)
-    level = np.array([b * levels // edge for b in range(edge)])
-    for j in range(levels):
+    for j in np.unique(level):
         members = (level == j) & (p > 0)
         if members.any():
             q[members] = p[members].sum() / members.sum()

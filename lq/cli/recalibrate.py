@@ -1,0 +1,62 @@
+"""``lq recalibrate``: another method for a calibrated model, from the statistics alone."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from lq.analysis.calibration import calibrator_row
+from lq.analysis.tables import Table, layer_table
+from lq.calib import Calibrator, read_statistics
+from lq.calibration import amaxs_by_name, check_options, methods_by_name, suits
+from lq.cli.outputs import prepare_folder, read_checkpoint
+
+
+def recalibrate(cfg: DictConfig) -> None:
+    """Give every quantizer of a checkpoint the amax that ``calib`` chooses from the statistics of its run."""
+    settings: Any = OmegaConf.to_container(cfg.calib, resolve=True)
+    method, options = settings["method"], settings["options"]
+    check_options(method, options)
+    calibrators = read_statistics(cfg.stats)
+    path = Path(cfg.ckpt_path or Path(cfg.stats).with_name("calibrated.ckpt"))
+    checkpoint = read_checkpoint(path)
+    folder = prepare_folder(cfg)
+
+    methods = methods_by_name(calibrators, method)
+    if not any(suits(calibrator, methods[name]) for name, calibrator in calibrators.items()):
+        raise ValueError(f"{cfg.stats} has no statistics for `calib.method` {method}: calibrate a run with it.")
+    amaxs = amaxs_by_name(calibrators, methods, options)
+    replace_amaxs(checkpoint.get("state_dict", checkpoint), amaxs, path)
+    table = summary(calibrators, amaxs)
+    (folder / "calibration.md").write_text(table.markdown() + "\n", encoding="utf-8")
+    target = folder / "recalibrated.ckpt"
+    torch.save(checkpoint, partial := target.with_suffix(".partial"))
+    partial.replace(target)
+
+    console = Console()
+    console.print(table)
+    console.print(f"Checkpoint: {target}", soft_wrap=True)
+
+
+def replace_amaxs(state: dict[str, Tensor], amaxs: dict[str, Tensor], path: Path) -> None:
+    """Put ``amaxs``, by the short names of quantizers, into a state dict; all of them or, on an error, none."""
+    keys = {}
+    for name, amax in amaxs.items():
+        # a quantizer that stands alone has no suffix
+        key = next((key for key in (f"{name}_quantizer._amax", f"{name}._amax") if key in state), None)
+        if key is None:
+            raise ValueError(f"{path} has no amax for `{name}`, which the statistics have: give the checkpoint of the same run.")
+        if state[key].shape != amax.shape:
+            shapes = f"{tuple(state[key].shape)} in {path} and {tuple(amax.shape)} in the statistics"
+            raise ValueError(f"The amax of `{name}` has shape {shapes}: give the checkpoint of the same run.")
+        keys[key] = amax
+    state.update(keys)
+
+
+def summary(calibrators: dict[str, Calibrator], amaxs: dict[str, Tensor]) -> Table:
+    """What was chosen, and what it costs on the data of the statistics."""
+    ordered = [(name, amaxs[name]) for name in calibrators]
+    return layer_table([calibrator_row(name, calibrators[name], amax) for name, amax in ordered])
