@@ -38,6 +38,8 @@ def _plain(value: Any) -> Any:
 
 def _known(cls: type[Any], values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """``values``, if every key is a field of the dataclass ``cls``."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"A {what} is made from a mapping of its fields, not from {values!r}.")
     names = [f.name for f in fields(cls)]
     if unknown := sorted(set(values) - set(names)):
         raise ValueError(f"Unknown {what} key {', '.join(map(repr, unknown))}: choose among {', '.join(names)}.")
@@ -124,11 +126,14 @@ class QuantDescriptor:
         for name in ("amax", "scale_amax"):
             value = getattr(self, name)
             try:
-                valid = value is None or all(0 <= a < math.inf for a in _numbers(value))
+                numbers = [] if value is None else list(_numbers(value))
+                if any(isinstance(a, bool) for a in numbers):
+                    raise TypeError
+                valid = value is None or (bool(numbers) and all(0 <= a < math.inf for a in numbers))
             except TypeError:
                 raise TypeError(f"`{name}` is {value!r}: it must be a number{' or numbers' * (name == 'amax')}.") from None
             if not valid:
-                raise ValueError(f"`{name}` is {value}: it must be finite and not negative.")
+                raise ValueError(f"`{name}` is {value}: give numbers that are finite and not negative.")
 
     def dict(self) -> Mapping[str, Any]:
         """Fields that differ from their defaults, in plain Python types; ``QuantDescriptor(**d)`` rebuilds it."""

@@ -89,6 +89,8 @@ def initialize(
     >>> [type(m).__name__ for m in model], nn.Linear.__name__
     (['Conv2d', 'QuantLinear'], 'Linear')
     """
+    if isinstance(float_module_list, str):
+        raise TypeError(f"`float_module_list` is {float_module_list!r}: give a list of names, of one too.")
     if _helper.replaced:
         raise RuntimeError("Classes are replaced already: call `lq.quant_modules.deactivate()` first.")
     _helper.apply_quant_modules(_helper.prepare_state(float_module_list, custom_quant_modules))

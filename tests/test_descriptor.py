@@ -242,3 +242,18 @@ def test_rules_that_are_given_are_used():
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'int3'.*int8, int8_per_tensor"):
         resolve_rules("int3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("5", "mapping of its fields, not from 5"), ("foo", "mapping of its fields, not from 'foo'")]
+)
+def test_yaml_that_is_no_descriptor_is_refused(text, message):
+    with pytest.raises(TypeError, match=message):
+        QuantDescriptor.from_yaml(text)
+
+
+def test_amax_is_made_of_numbers():
+    with pytest.raises(ValueError, match=r"`amax` is \(\)"):
+        QuantDescriptor(amax=[])
+    with pytest.raises(TypeError, match="`amax` is True"):
+        QuantDescriptor(amax=True)

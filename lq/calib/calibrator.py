@@ -109,6 +109,8 @@ class Calibrator(Metric):
 
     def _shaped(self, amax: Tensor) -> Tensor:
         assert self.shape is not None
+        if self.unsigned and bool(self.negative > 0):
+            raise ValueError(f"`unsigned` is True, but data went down to {-self.negative.item():g}: use `unsigned=False`.")
         return amax.to(torch.float32).reshape(self.shape)
 
     def reset(self) -> None:

@@ -50,6 +50,8 @@ class HistogramCalibrator(Calibrator):
         torch_hist: bool = True,
     ) -> None:
         super().__init__(num_bits, axis, unsigned)
+        if not isinstance(num_bins, int) or num_bins < 2:
+            raise ValueError(f"`num_bins` is {num_bins!r}: it must be an integer, at least 2.")
         if grow_method is not None:
             warnings.warn(f"`grow_method={grow_method!r}` is deprecated and ignored.", DeprecationWarning, stacklevel=2)
         self.skip_zeros, self.torch_hist = skip_zeros, torch_hist

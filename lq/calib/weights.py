@@ -1,9 +1,14 @@
 """Calibrate the weights of a model at once, from histograms."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lq.calib.histogram import HistogramCalibrator
+
+# Channels of a weight that are looked at in one go.
+ROWS = 256
 
 
 @torch.no_grad()
@@ -21,7 +26,8 @@ def calibrate_weights(
         num_bins: resolution of the histograms.
 
     Raises:
-        ValueError: no module has a weight quantizer, an unknown method, or NaN or Inf in a weight (named).
+        ValueError: no module has a weight quantizer, an unknown method, NaN or Inf in a weight, or an amax that is frozen,
+            learned or of blocks (named); then nothing has changed.
 
     >>> from lq.nn import QuantLinear
     >>> model = nn.Sequential(QuantLinear(2, 2))
@@ -30,20 +36,33 @@ def calibrate_weights(
     >>> model[0].weight_quantizer.amax.tolist()
     [[2.0], [0.5]]
     """
-    found = False
+    axis = 0 if perchannel else None
+    amaxs = {}
     for name, module in model.named_modules():
-        for role, weight in module.weights().items() if hasattr(module, "weights") else ():
+        for role, weight in module.weights().items() if callable(getattr(module, "weights", None)) else ():
             quantizer = module.quantizers()[role]
             if quantizer._disabled:
                 continue
-            found = True
-            quantizer.quant_desc = quantizer.quant_desc.replace(axis=0 if perchannel else None, block_size=None)
-            calibrator = HistogramCalibrator(quantizer.num_bits, quantizer.axis, quantizer.unsigned, num_bins).to(weight.device)
-            calibrator.collect(weight)
-            if not calibrator.finite:
-                raise ValueError(f"NaN or Inf in `{name}.{role}`: its amax cannot be computed.")
-            amax = calibrator.compute_amax(method, percentile=percentile)
-            quantizer.amax = None  # its shape may have changed
-            quantizer.amax = amax
-    if not found:
+            if quantizer.frozen or quantizer.clip is not None or quantizer.quant_desc.block_size is not None:
+                raise ValueError(f"The amax of `{name}.{role}` is frozen, learned or of blocks: `lq.calibrating` handles those.")
+            amaxs[quantizer] = _amax(weight, quantizer, axis, num_bins, method, percentile, f"{name}.{role}")
+    if not amaxs:
         raise ValueError(f"{type(model).__name__} has no enabled weight quantizer: call `lq.quantize_` first.")
+    for quantizer, amax in amaxs.items():
+        quantizer.quant_desc = quantizer.quant_desc.replace(axis=axis)
+        quantizer.amax = None  # its shape may have changed
+        quantizer.amax = amax
+
+
+def _amax(weight: Tensor, quantizer: Any, axis: int | None, num_bins: int, method: str, percentile: float, name: str) -> Tensor:
+    parts = []
+    # a histogram takes 32 KiB: not all channels of a large layer at once
+    for rows in torch.split(weight, ROWS) if axis == 0 else [weight]:
+        calibrator = HistogramCalibrator(quantizer.num_bits, axis, quantizer.unsigned, num_bins).to(weight.device)
+        calibrator.collect(rows)
+        if not calibrator.finite:
+            raise ValueError(f"NaN or Inf in `{name}`: its amax cannot be computed.")
+        amax = calibrator.compute_amax(method, percentile=percentile)
+        assert amax is not None
+        parts.append(amax)
+    return torch.cat(parts) if axis == 0 else parts[0]

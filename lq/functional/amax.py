@@ -86,4 +86,7 @@ def reduce_amax(input: Tensor, axis: Axis = None, keepdims: bool = True) -> Tens
     tensor([4., 2.])
     """
     reduced = tuple(range(input.dim())) if axis is None else normalize_axis(axis, input.dim())
-    return input.abs().amax(dim=reduced, keepdim=keepdims)
+    if input.numel() == 0:  # nothing has a magnitude of 0
+        kept = [1 if i in reduced else n for i, n in enumerate(input.shape) if keepdims or i not in reduced]
+        return input.new_zeros(kept)
+    return input.abs().amax(dim=reduced, keepdim=keepdims) if reduced else input.abs()

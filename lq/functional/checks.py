@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lq.functional.grid import Bits, check_num_bits
+from lq.functional.grid import Bits, check_num_bits, integer_bounds
 
 
 def checked_amax(inputs: Tensor, amax: Tensor | float, num_bits: Bits, unsigned: bool = False, *, floats: bool = False) -> Tensor:
@@ -20,10 +20,21 @@ def checked_amax(inputs: Tensor, amax: Tensor | float, num_bits: Bits, unsigned:
       ...
     ValueError: `amax` has shape (2,), which does not broadcast to inputs of shape (2, 3): give each axis of its own its place.
     """
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"`inputs` is a {type(inputs).__name__}: it must be a floating tensor.")
+    if not isinstance(unsigned, bool):
+        raise TypeError(
+            f"`unsigned` is {unsigned!r}: it must be True or False (older code has `output_dtype` in its place: drop it)."
+        )
     check_num_bits(num_bits, unsigned, floats=floats)
     if not inputs.is_floating_point():
         raise TypeError(f"`inputs` are {inputs.dtype}: only floating tensors are quantized.")
-    amax = torch.as_tensor(amax, device=inputs.device)
+    if not isinstance(amax, Tensor):
+        try:  # a number keeps all of its digits for float64
+            amax = torch.as_tensor(amax, device=inputs.device, dtype=torch.promote_types(inputs.dtype, torch.float32))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`amax` is {amax!r}: it must be a tensor or a number.") from error
+    amax = amax.to(inputs.device)
     check_broadcast(inputs, amax)
     if torch.compiler.is_compiling():
         return amax
@@ -48,7 +59,8 @@ def check_values(amax: Tensor) -> None:
     if not bool(((amax >= 0) & amax.isfinite()).all()):
         wrong = amax[~((amax >= 0) & amax.isfinite())].flatten()
         raise ValueError(
-            f"`amax` must be finite and not negative, found {wrong[0].item():g} ({wrong.numel()} of {amax.numel()})."
+            f"`amax` must be finite and not negative, found {wrong[0].item():g} ({wrong.numel()} of {amax.numel()}): "
+            "calibrate on finite data, or give another."
         )
 
 
@@ -56,3 +68,10 @@ def check_not_negative(inputs: Tensor) -> None:
     """Raise ``TypeError`` for negative ``inputs``."""
     if inputs.numel() and bool((lowest := inputs.detach().amin()) < 0):
         raise TypeError(f"`unsigned` is True, but inputs go down to {lowest.item():g}: negative values need `unsigned=False`.")
+
+
+def check_codes(dtype: torch.dtype, num_bits: int, unsigned: bool) -> None:
+    """Raise ``ValueError`` if the largest code of ``num_bits`` is no number of a half precision ``dtype``."""
+    largest, numbers = integer_bounds(num_bits, unsigned)[1], torch.finfo(dtype)
+    if numbers.bits < 32 and largest > 2 / numbers.eps:
+        raise ValueError(f"`num_bits` is {num_bits}, and {dtype} has no room for the code {largest}: quantize `inputs.float()`.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq.functional.checks import checked_amax
+from lq.functional.checks import check_codes, checked_amax
 from lq.functional.grid import FLOAT_FORMATS, Bits, check_num_bits, integer_bounds, largest_code, scale_from_amax
 
 INFINITY = float("inf")
@@ -130,6 +130,7 @@ def quantize(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool = False, nar
     >>> quantize(torch.tensor([0.1, -0.26, 3.0]), torch.tensor(1.27), 8)
     tensor([ 10., -26., 127.])
     """
+    check_codes(x.dtype, num_bits, unsigned)
     wide = widened(x)
     scale = scale_from_amax(amax.to(wide.dtype), num_bits, unsigned)
     return _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range)).to(x.dtype)

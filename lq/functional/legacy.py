@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lq.functional.checks import checked_amax
+from lq.functional.checks import check_codes, checked_amax
 from lq.functional.fake_quant import straight_through, widened
 from lq.functional.grid import integer_bounds
 
@@ -40,7 +40,7 @@ def tensor_quant(
         :func:`lq.functional.fake_quant.fake_tensor_quant`.
 
     Raises:
-        ValueError: as ``fake_tensor_quant``, or a scale too large for float16.
+        ValueError: as ``fake_tensor_quant``, or a scale too large for float16, or codes that half precision cannot hold.
         TypeError: as ``fake_tensor_quant``.
 
     >>> codes, scale = tensor_quant(torch.tensor([0.1, -0.26, 3.0]), torch.tensor(1.27))
@@ -48,6 +48,7 @@ def tensor_quant(
     (tensor([ 10., -26., 127.]), 100.0)
     """
     amax = checked_amax(inputs, amax, num_bits, unsigned)
+    check_codes(inputs.dtype, num_bits, unsigned)
     codes, scale = _codes(inputs.detach(), amax, num_bits, unsigned, narrow_range)
     largest = torch.finfo(inputs.dtype).max
     if not torch.compiler.is_compiling() and scale.numel() and bool(scale.max() > largest):

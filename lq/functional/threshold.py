@@ -33,6 +33,7 @@ class Search:
 
     Raises:
         ValueError: an option out of range.
+        TypeError: an option that is no number.
     """
 
     num_bits: Bits = 8
@@ -46,6 +47,12 @@ class Search:
     power_of_two: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("percentile", "p", "z_threshold", "min_threshold"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise TypeError(f"`{name}` is {value!r}: it must be a number.")
+        for name in ("start_bin", "stride"):
+            if not isinstance(value := getattr(self, name), int):
+                raise TypeError(f"`{name}` is {value!r}: it must be an integer.")
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"`percentile` is {self.percentile}: it must lie in [0, 100].")
         if self.start_bin < 1 or self.stride < 1:

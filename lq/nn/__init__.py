@@ -3,7 +3,7 @@
 Plain names are aliases, as in pytorch-quantization: ``lq.nn.Linear`` is :class:`QuantLinear`.
 """
 
-from lq.nn import functional
+from lq.nn import functional, modules
 from lq.nn.attention import QuantMultiheadAttention
 from lq.nn.clip import Clip
 from lq.nn.conv import (
@@ -104,5 +104,6 @@ __all__ = [
     "QuantScaledDotProductAttention",
     "TensorQuantizer",
     "functional",
+    "modules",
     "register",
 ]

@@ -70,6 +70,7 @@ class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        _check(q, k, v, attn_mask, key_padding_mask)
         k, v = self._extend(k, v)
         mask = self._mask(q, k, attn_mask, key_padding_mask)
         scores = self.q_quantizer(q) @ self.k_quantizer(k).mT * self.head_dim**-0.5
@@ -129,6 +130,7 @@ class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
                 continue
             if mask.dtype == torch.bool:
                 mask = q.new_zeros(mask.shape).masked_fill(mask, float("-inf"))
+            # keys that `_extend` appended are never masked
             mask = F.pad(mask.to(q.dtype), (0, k.shape[2] - mask.shape[-1]))
             if padding:
                 mask = mask[:, None, None]
@@ -136,3 +138,26 @@ class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
                 mask = mask.reshape(q.shape[0], self.num_heads, *mask.shape[1:])
             total = mask if total is None else total + mask
         return total
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
+    """Refuse what ``nn.MultiheadAttention`` refuses: the rest would broadcast. Shapes of ``q``: batch, heads, length, size."""
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    if (k.shape[0], v.shape[0], v.shape[2]) != (batch, batch, keys):
+        raise ValueError(
+            f"`query` has batch {batch}, `key` batch {k.shape[0]} and length {keys}, `value` batch {v.shape[0]} and length "
+            f"{v.shape[2]}: batches, and the lengths of `key` and `value`, must agree."
+        )
+    for name, mask, shapes in (
+        ("attn_mask", attn_mask, [(queries, keys), (batch * heads, queries, keys)]),
+        ("key_padding_mask", key_padding_mask, [(batch, keys)]),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(
+                f"`{name}` is {mask.dtype}: give True where attention is not allowed, or numbers to add to the scores."
+            )
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(f"`{name}` has shape {tuple(mask.shape)}: it must be {' or '.join(map(str, shapes))}.")

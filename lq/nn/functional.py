@@ -21,5 +21,5 @@ def clip(input: Tensor, clip_value_min: Tensor | float, clip_value_max: Tensor |
     >>> y.tolist(), alpha.grad
     ([-1.0, 0.5, 1.0, 1.0], tensor(2.))
     """
-    low, high = (torch.as_tensor(v, device=input.device).to(input.dtype) for v in (clip_value_min, clip_value_max))
+    low, high = (torch.as_tensor(v, device=input.device, dtype=input.dtype) for v in (clip_value_min, clip_value_max))
     return torch.clamp(input, low, high)

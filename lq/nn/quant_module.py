@@ -17,6 +17,9 @@ QUANT_MODULES: dict[type[nn.Module], type["QuantModule"]] = {}
 # Float classes that a rule quantizes only if it names the class or the module.
 ON_REQUEST: set[type[nn.Module]] = set()
 
+# What pytorch-quantization calls its quantizers inside of modules.
+OLD_NAMES = {"_input_quantizer": "input_quantizer", "_weight_quantizer": "weight_quantizer"}
+
 M = TypeVar("M", bound=type["QuantModule"])
 
 
@@ -108,13 +111,11 @@ class QuantModule(nn.Module):
 
     # pytorch-quantization's names, for a forward that was written with them
 
-    @property
-    def _input_quantizer(self) -> nn.Module | None:
-        return self._modules["input_quantizer"]
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(OLD_NAMES.get(name, name))
 
-    @property
-    def _weight_quantizer(self) -> nn.Module | None:
-        return self._modules["weight_quantizer"]
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(OLD_NAMES.get(name, name), value)
 
 
 class QuantInputMixin(QuantModule):

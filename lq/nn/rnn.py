@@ -119,6 +119,8 @@ class QuantLSTM(QuantModule, nn.LSTM):
 
     def _start(self, input: Tensor, hx: State | None, sizes: Tensor | None) -> State:
         self.check_input(input, sizes)
+        if sizes is None and input.shape[0 if not self.batch_first else 1] == 0:
+            raise RuntimeError(f"`input` has shape {tuple(input.shape)}: it needs at least one time step.")
         if hx is None:
             h = input.new_zeros(self.get_expected_hidden_size(input, sizes))
             return h, input.new_zeros(self.get_expected_cell_size(input, sizes))
@@ -156,7 +158,9 @@ class QuantLSTM(QuantModule, nn.LSTM):
         outputs: list[Tensor] = []
         for gates in steps[::way]:
             h, c = (s[: gates.shape[0]] for s in state)
-            h, c = lstm_step(gates + F.linear(quantized("hidden", h), weight_hh, bias_hh), c)
+            gates = gates + F.linear(quantized("hidden", h), weight_hh, bias_hh)
+            # under autocast the gates are in its dtype, and so are all results, as those of nn.LSTM
+            h, c = lstm_step(gates, c.to(gates.dtype))
             h = h if weight_hr is None else F.linear(quantized("projection", h), weight_hr)
             outputs.append(h)
             state = _first_rows(state[0], h), _first_rows(state[1], c)
@@ -164,4 +168,5 @@ class QuantLSTM(QuantModule, nn.LSTM):
 
 
 def _first_rows(old: Tensor, new: Tensor) -> Tensor:
+    old = old.to(new.dtype)
     return new if new.shape[0] == old.shape[0] else torch.cat([new, old[new.shape[0] :]])

@@ -76,6 +76,8 @@ class TensorQuantizer(Switches, nn.Module):
         if_calib: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(quant_desc, QuantDescriptor | None):
+            raise TypeError(f"`quant_desc` is {quant_desc!r}: it must be a QuantDescriptor.")
         self._disabled, self._if_quant, self._if_calib = disabled, if_quant, if_calib
         self.dynamic = True
         self._frozen = False
@@ -87,8 +89,6 @@ class TensorQuantizer(Switches, nn.Module):
         self.calibrator = make_calibrator(self.quant_desc)
         if self.quant_desc.amax is not None:
             self.amax = torch.tensor(self.quant_desc.amax)
-            if self.quant_desc.learn_amax:
-                self.init_learn_amax()
         self._if_clip = False
         if if_clip:
             self.enable_clip()
@@ -99,9 +99,11 @@ class TensorQuantizer(Switches, nn.Module):
         """Clip to the learned range also where nothing is quantized: a stage that learns it before quantization starts.
 
         Raises:
-            RuntimeError: the descriptor has no ``learn_amax``.
+            RuntimeError: the descriptor has no ``learn_amax``, or there is no range yet.
         """
         self._require_learn_amax()
+        if self.clip is None:
+            raise RuntimeError("There is no range to clip to yet: calibrate first, or give the descriptor an `amax`.")
         self._if_clip = True
 
     def disable_clip(self) -> None:
@@ -111,10 +113,14 @@ class TensorQuantizer(Switches, nn.Module):
     def init_learn_amax(self) -> None:
         """Learn amax from now on, starting at the one that is set. Do this before the optimizer is made.
 
+        With ``learn_amax``, setting amax does it, by hand or by calibration. Without effect if it is learned already.
+
         Raises:
             RuntimeError: the descriptor has no ``learn_amax``, or there is no amax yet.
         """
         self._require_learn_amax()
+        if self.clip is not None:
+            return
         if self._amax is None:
             raise RuntimeError("There is no amax to start learning from: calibrate first, or give the descriptor one.")
         amax, self._amax = self._amax, None
@@ -159,12 +165,14 @@ class TensorQuantizer(Switches, nn.Module):
             self._fits = False
             with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
                 self._amax = amax.clone()
+            if self.quant_desc.learn_amax:
+                self.init_learn_amax()
         else:  # in place, so that whatever holds the buffer sees the new value
             self._amax.copy_(amax)
 
     @property
     def clipping(self) -> Tensor | None:
-        """Where values are clipped: ``amax``, times the descriptor's ``scale_amax``."""
+        """Where values are clipped: ``amax``, times the descriptor's ``scale_amax`` unless it is learned."""
         return None if self.amax is None else self._scaled(self.amax)
 
     @property
@@ -201,6 +209,8 @@ class TensorQuantizer(Switches, nn.Module):
 
     @quant_desc.setter
     def quant_desc(self, value: QuantDescriptor) -> None:
+        if self.clip is not None and value.unsigned != self.unsigned:
+            raise RuntimeError("The range is learned, and `unsigned` decides which sides it has: set `amax` to None first.")
         if any(getattr(value, name) != getattr(self._quant_desc, name) for name in STATISTICS):
             self.calibrator = make_calibrator(value).to(self.calibrator.device)
         self._quant_desc, self._fits = value, False
@@ -230,6 +240,15 @@ class TensorQuantizer(Switches, nn.Module):
         self.quant_desc = self.quant_desc.replace(unsigned=value)
 
     @property
+    def narrow_range(self) -> bool:
+        """Whether signed codes leave out the most negative one. Can be set."""
+        return self.quant_desc.narrow_range
+
+    @narrow_range.setter
+    def narrow_range(self, value: bool) -> None:
+        self.quant_desc = self.quant_desc.replace(narrow_range=value)
+
+    @property
     def fake_quant(self) -> bool:
         """Whether outputs are real values on the grid (else integer codes)."""
         return self.quant_desc.fake_quant
@@ -253,6 +272,9 @@ class TensorQuantizer(Switches, nn.Module):
     @property
     def _calibrator(self) -> Calibrator:
         return self.calibrator  # pytorch-quantization's name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__("calibrator" if name == "_calibrator" else name, value)
 
     def load_calib_amax(self, *args: Any, strict: bool = True, **kwargs: Any) -> None:
         """Set amax from the calibrator's statistics; arguments go to its ``compute_amax``.
@@ -297,12 +319,15 @@ class TensorQuantizer(Switches, nn.Module):
     def _process(self, inputs: Tensor) -> Tensor:
         if self._if_calib:
             self.calibrator.collect(inputs)
+        quantizes = self._if_quant and (self.dynamic or self.amax is not None)
+        if not self._fits and (quantizes or self._if_clip):
+            self._fit(inputs)
         if self.clip is not None and (self._if_clip or self._if_quant):
             inputs = self.clip(inputs)
-        if not self._if_quant or not (self.dynamic or self.amax is not None):
+        if not quantizes:
             return inputs
-        desc = self.quant_desc
-        amax = self._scaled(self._fitting_amax(inputs))
+        desc, amax = self.quant_desc, self.amax
+        amax = self._scaled(compute_amax(inputs, _kept_axis(desc)) if amax is None else amax)
         if self._on_export is not None:
             return self._on_export(inputs, amax)
         if desc.fake_quant:
@@ -313,29 +338,31 @@ class TensorQuantizer(Switches, nn.Module):
 
     def _scaled(self, amax: Tensor) -> Tensor:
         factor = self.quant_desc.scale_amax
-        return amax if factor is None else amax * factor
+        # a learned range needs no help, and values between the scaled and the learned bound would give neither a gradient
+        return amax if factor is None or self.clip is not None else amax * factor
 
-    def _fitting_amax(self, inputs: Tensor) -> Tensor:
-        """Amax in a shape that broadcasts to ``inputs``, which are looked at once for each new amax."""
-        amax = self.amax
-        if amax is not None and self._fits:
-            return amax
+    def _fit(self, inputs: Tensor) -> None:
+        """Look at the first inputs for a new amax, and give it the shape that broadcasts to them."""
+        if not inputs.is_floating_point():
+            raise TypeError(f"`inputs` are {inputs.dtype}: only floating tensors are quantized.")
         looking = not torch.compiler.is_compiling()
         if self.unsigned and looking:
             check_not_negative(inputs)
-        if amax is None:
-            return compute_amax(inputs, _kept_axis(self.quant_desc))
+        if self.amax is None:
+            return
         shape = amax_shape(inputs, _kept_axis(self.quant_desc))
-        if (
-            amax.shape != shape and amax.numel() == torch.Size(shape).numel()
-        ):  # a list of numbers from a descriptor has no other dimensions yet
-            amax = amax.reshape(shape)
-        check_broadcast(inputs, amax)
-        if looking:
-            self._fits = True
-            if self._amax is not None:
-                self._amax = amax
-        return amax
+        for amax in self._ranges():
+            # a list of numbers from a descriptor has no other dimensions yet
+            if amax.shape != shape and amax.numel() == torch.Size(shape).numel():
+                amax.data = amax.data.reshape(shape)
+            check_broadcast(inputs, amax)
+        self._fits = looking
+
+    def _ranges(self) -> list[Tensor]:
+        """The tensors that amax consists of: itself, or the bounds that are learned."""
+        if self.clip is None:
+            return [] if self._amax is None else [self._amax]
+        return [self.clip.clip_value_min, self.clip.clip_value_max]
 
     # Housekeeping of torch
 
@@ -352,8 +379,15 @@ class TensorQuantizer(Switches, nn.Module):
         if self.quant_desc.amax is not None:  # given, so a float checkpoint need not have it
             for name, value in self.state_dict(prefix=prefix).items():
                 state_dict.setdefault(name, value)
+        if self.quant_desc.learn_amax and f"{prefix}clip.clip_value_max" in state_dict:
+            # pytorch-quantization has the fixed amax beside the learned one, and two sides where only one is used
+            for name in ("_amax", *["clip.clip_value_min"] * self.unsigned):
+                state_dict.pop(prefix + name, None)
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
+                if name == "_amax" and not bool(((value >= 0) & value.isfinite()).all()):
+                    # pytorch-quantization saves NaN for layers that saw no data
+                    args[4].append(f"`{prefix}_amax` is negative or not finite: calibrate this layer, or delete the key.")
                 setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
         self._load_clip(state_dict, f"{prefix}clip.", unexpected_keys=args[3])
         self._fits = False

@@ -16,6 +16,8 @@ def match_parameters(model: nn.Module, patterns: Sequence[str]) -> Iterator[nn.P
     >>> [tuple(p.shape) for p in match_parameters(model, ["0.weight", "bias"])]
     [(3, 2), (3,), (1,)]
     """
+    if isinstance(patterns, str):
+        raise TypeError(f"`patterns` is {patterns!r}: give a list of patterns, of one too.")
     return (parameter for name, parameter in model.named_parameters() if any(pattern in name for pattern in patterns))
 
 
@@ -50,6 +52,8 @@ def group_parameters(
     >>> [(len(g["params"]), g["lr"]) for g in groups]
     [(2, 0.1), (2, 0.01)]
     """
+    if isinstance(patterns_list, str):
+        raise TypeError(f"`patterns_list` is {patterns_list!r}: give a list of patterns for each group.")
     groups: list[dict[str, Any]] = [{"params": list(match_parameters(model, patterns))} for patterns in patterns_list]
     for patterns, group in zip(patterns_list, groups, strict=True):
         if not group["params"]:

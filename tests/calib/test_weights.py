@@ -63,3 +63,38 @@ def test_bits_that_a_search_does_not_know_are_refused():
     with pytest.raises(ValueError, match=r"`method` is 'kl', which counts the levels of integers, but `num_bits` is \(4, 3\)"):
         calibrate_weights(layer, "kl")
     calibrate_weights(layer, "mse")
+
+
+def test_what_it_refuses_it_has_not_touched(model):
+    model[3].weight_quantizer.quant_desc = model[3].weight_quantizer.quant_desc.replace(axis=None)
+    before = [model[i].weight_quantizer.quant_desc for i in (0, 1, 3)]
+    with pytest.raises(ValueError, match="'median'"):
+        calibrate_weights(model, "median", perchannel=False)
+    model[3].weight_quantizer.amax = 1.0
+    model[3].weight_quantizer.frozen = True
+    with pytest.raises(ValueError, match=r"The amax of `3.weight` is frozen, learned or of blocks"):
+        calibrate_weights(model, perchannel=False)
+    assert [model[i].weight_quantizer.quant_desc for i in (0, 1, 3)] == before
+    assert model[0].weight_quantizer.amax is None
+
+
+def test_blocks_and_learned_ranges_are_left_to_calibration():
+    blocks = nn.Sequential(QuantLinear(8, 2, quant_desc_weight=QuantDescriptor(num_bits=4, axis=0, block_size=4)))
+    learned = nn.Sequential(QuantLinear(8, 2, quant_desc_weight=QuantDescriptor(amax=1.0, learn_amax=True)))
+    for model in (blocks, learned):
+        with pytest.raises(ValueError, match=r"The amax of `0.weight` is frozen, learned or of blocks"):
+            calibrate_weights(model)
+
+
+def test_a_parameter_of_that_name_is_no_obstacle(model):
+    model.weights = nn.Parameter(torch.ones(3))
+    calibrate_weights(model)
+    assert model[0].weight_quantizer.amax is not None
+
+
+def test_many_channels_are_looked_at_in_parts(model, monkeypatch):
+    calibrate_weights(model, "mse")
+    whole = [model[i].weight_quantizer.amax.clone() for i in (0, 1, 3)]
+    monkeypatch.setattr("lq.calib.weights.ROWS", 3)
+    calibrate_weights(model, "mse")
+    assert all(torch.equal(model[i].weight_quantizer.amax, amax) for i, amax in zip((0, 1, 3), whole, strict=True))

@@ -82,3 +82,18 @@ def test_an_axis_out_of_range_is_refused(axis):
 def test_an_axis_named_twice_is_refused(axis):
     with pytest.raises(ValueError, match="twice"):
         normalize_axis(axis, 3)
+
+
+@pytest.mark.parametrize("keepdims", [True, False])
+@pytest.mark.parametrize("axis", [None, 0, 1, (0, 1)])
+def test_nothing_has_a_magnitude_of_zero(axis, keepdims):
+    found = reduce_amax(torch.zeros(0, 3), axis, keepdims)
+    # what NumPy gives of a maximum that starts at 0
+    expected = np.max(np.zeros((0, 3)), axis=axis, keepdims=keepdims, initial=0)
+    assert found.shape == expected.shape
+    assert not found.any()
+
+
+def test_no_axis_reduces_nothing():
+    x = torch.tensor([[-1.0, 2.0]])
+    assert reduce_amax(x, ()).tolist() == [[1, 2]]

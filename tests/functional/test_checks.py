@@ -63,3 +63,26 @@ def test_denormals_are_fine(quantize):
 def test_a_number_is_an_amax_too():
     x = torch.randn(5)
     assert torch.equal(fake_tensor_quant(x, 1.5), fake_tensor_quant(x, torch.tensor(1.5)))
+
+
+def test_a_number_keeps_its_digits_for_float64():
+    x = torch.tensor([5.0], dtype=torch.float64)
+    assert fake_tensor_quant(x, 0.1).item() == fake_tensor_quant(x, torch.tensor(0.1, dtype=torch.float64)).item() == 0.1
+
+
+def test_another_type_is_named():
+    with pytest.raises(TypeError, match="`inputs` is a list: it must be a floating tensor"):
+        fake_tensor_quant([1.0], 1.0)
+    with pytest.raises(TypeError, match="`amax` is None: it must be a tensor or a number"):
+        fake_tensor_quant(torch.ones(2), None)
+
+
+def test_the_place_of_a_former_argument_is_not_taken_for_another():
+    with pytest.raises(TypeError, match=r"`unsigned` is torch.float32: it must be True or False .*`output_dtype`"):
+        tensor_quant(torch.ones(2), torch.tensor(1.0), 8, torch.float)
+
+
+def test_codes_fit_their_dtype():
+    assert tensor_quant(torch.ones(2, dtype=torch.bfloat16), 1.0, 9)[0].tolist() == [255, 255]
+    with pytest.raises(ValueError, match=r"`num_bits` is 10, and torch\.bfloat16 has no room for the code 511"):
+        tensor_quant(torch.ones(2, dtype=torch.bfloat16), 1.0, 10)

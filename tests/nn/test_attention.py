@@ -275,3 +275,37 @@ def test_options_together():
         switch(quantized, "enable_calib")
         args = inputs(floating)
         assert_same(quantized(*args, **MASKS[6]), floating(*args, **MASKS[6]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"attn_mask": torch.zeros(L, S - 1)}, r"`attn_mask` has shape \(5, 3\): it must be \(5, 4\) or \(6, 5, 4\)"),
+        ({"attn_mask": torch.zeros(L, S + 1)}, r"`attn_mask` has shape \(5, 5\)"),
+        ({"attn_mask": torch.zeros(1, S)}, r"`attn_mask` has shape \(1, 4\)"),
+        ({"attn_mask": torch.zeros(B, L, S)}, r"`attn_mask` has shape \(3, 5, 4\)"),
+        (
+            {"key_padding_mask": torch.zeros(1, S, dtype=torch.bool)},
+            r"`key_padding_mask` has shape \(1, 4\): it must be \(3, 4\)",
+        ),
+        ({"key_padding_mask": torch.zeros(B, S + 2)}, r"`key_padding_mask` has shape \(3, 6\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["plain", "extended"])
+def test_masks_that_torch_refuses_are_refused_and_not_broadcast(name, masks, message):
+    attention = QuantMultiheadAttention(E, H, **KWARGS[name])
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs(attention), **masks)
+
+
+def test_a_mask_of_integers_is_refused():
+    attention = QuantMultiheadAttention(E, H)
+    with pytest.raises(TypeError, match=r"`attn_mask` is torch\.uint8: give True where"):
+        attention(*inputs(attention), attn_mask=torch.zeros(L, S, dtype=torch.uint8))
+
+
+def test_keys_and_values_of_other_lengths_are_refused():
+    attention = QuantMultiheadAttention(E, H)
+    query, key, value = inputs(attention)
+    with pytest.raises(ValueError, match="`query` has batch 3, `key` batch 3 and length 4, `value` batch 3 and length 3"):
+        attention(query, key, value[:3])

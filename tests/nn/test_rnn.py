@@ -439,3 +439,23 @@ def test_it_is_exported_to_onnx_for_any_batch(calibrated, tmp_path):
         torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=1e-5)
         with lq.surgery.unquantized(model):
             assert (expected - model(x)).abs().max() > 1e-4
+
+
+def test_under_autocast_all_results_have_the_dtype_that_torchs_have():
+    x = torch.randn(4, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [lstm(x) for lstm in (torch.nn.LSTM(3, 5), QuantLSTM(3, 5))]
+    for (output, (h, c)), _ in zip(results, results, strict=True):
+        assert output.dtype == h.dtype == c.dtype == torch.bfloat16
+
+
+def test_a_sequence_of_no_steps_is_refused_as_by_torch():
+    for lstm in (torch.nn.LSTM(3, 5), QuantLSTM(3, 5)):
+        with pytest.raises(RuntimeError):
+            lstm(torch.randn(0, 2, 3))
+
+
+def test_names_that_are_not_there_are_not_there():
+    lstm = QuantLSTM(2, 2)
+    assert not hasattr(lstm, "_input_quantizer")
+    assert getattr(lstm, "_weight_quantizer", None) is None

@@ -250,10 +250,12 @@ def test_learning_starts_from_a_calibrated_amax():
     quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True), if_calib=True)
     with pytest.raises(RuntimeError, match="no amax to start learning from"):
         quantizer.init_learn_amax()
+    with pytest.raises(RuntimeError, match="no range to clip to yet"):
+        quantizer.enable_clip()
     quantizer(torch.tensor([-2.5, 1.0]))
     quantizer.load_calib_amax()
-    assert not list(quantizer.parameters())
-    quantizer.init_learn_amax()
+    assert len(list(quantizer.parameters())) == 2
+    quantizer.init_learn_amax()  # as pytorch-quantization's users do; it is learned already
     assert quantizer.amax == 2.5
     assert (quantizer.clip.clip_value_min, quantizer.clip.clip_value_max) == (-2.5, 2.5)
     quantizer.amax = 4.0  # what a calibration finds goes into the parameters
@@ -546,3 +548,79 @@ def test_a_float_checkpoint_need_not_have_an_amax_that_the_descriptor_gives(lear
     fresh = QuantLinear(3, 2, quant_desc_input=desc)
     fresh.load_state_dict(layer.state_dict(), strict=True)
     assert fresh.input_quantizer.amax == 3
+
+
+def test_a_learned_amax_of_channels_takes_the_place_of_the_channels():
+    x = torch.full((2, 2), 5.0)
+    learned, fixed = (TensorQuantizer(QuantDescriptor(axis=0, amax=[1.0, 2.0], learn_amax=learn)) for learn in (True, False))
+    assert learned(x).tolist() == fixed(x).tolist() == [[1, 1], [2, 2]]
+    assert learned.clip.clip_value_max.shape == (2, 1)
+    learned(x).sum().backward()
+    assert learned.clip.clip_value_max.grad.tolist() == [[2], [2]]
+
+
+def test_a_learned_range_is_not_scaled_so_that_it_goes_on_learning():
+    quantizer = learning(scale_amax=0.5)
+    quantizer(torch.tensor([3.0, 0.2, -3.0])).sum().backward()
+    assert quantizer.clipping == 1
+    assert [p.grad.item() for p in quantizer.parameters()] == [1, 1]
+
+
+def test_the_sides_of_a_learned_range_stay():
+    with pytest.raises(RuntimeError, match="`unsigned` decides which sides"):
+        learning().unsigned = True
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("amax", [None, 1.0])
+def test_a_learned_range_of_pytorch_quantization_loads(amax, unsigned):
+    # it has the fixed amax beside both sides of the learned range
+    theirs = {"_amax": torch.tensor(2.0), "clip.clip_value_min": torch.tensor(-1.0), "clip.clip_value_max": torch.tensor(1.5)}
+    quantizer = TensorQuantizer(QuantDescriptor(learn_amax=True, amax=amax, unsigned=unsigned))
+    quantizer.load_state_dict(theirs, strict=True)
+    assert quantizer.amax == 1.5
+    assert quantizer(torch.tensor([9.0, 0.0])).tolist() == [1.5, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_a_bad_amax_in_a_state_dict_is_named(bad):
+    model = torch.nn.ModuleDict({"conv": TensorQuantizer()})
+    with pytest.raises(RuntimeError, match=r"`conv\._amax` is negative or not finite: calibrate this layer"):
+        model.load_state_dict({"conv._amax": torch.tensor(bad)})
+
+
+def test_narrow_range_can_be_set():
+    quantizer = TensorQuantizer(QuantDescriptor(amax=1.27, fake_quant=False))
+    assert quantizer(torch.tensor([-9.0])) == -127
+    quantizer.narrow_range = False
+    assert quantizer(torch.tensor([-9.0])) == -128
+    assert not quantizer.narrow_range
+
+
+def test_a_calibrator_of_ones_own_by_the_old_name_or_the_new():
+    for name in ("_calibrator", "calibrator"):
+        quantizer, mine = TensorQuantizer(), HistogramCalibrator()
+        setattr(quantizer, name, mine)
+        assert quantizer.calibrator is quantizer._calibrator is mine
+
+
+def test_unsigned_data_below_zero_is_refused_when_amax_is_loaded():
+    for calib_method in ("max", "histogram"):
+        quantizer = TensorQuantizer(QuantDescriptor(unsigned=True, calib_method=calib_method), if_quant=False, if_calib=True)
+        quantizer(torch.tensor([-3.0, 1.0]))
+        with pytest.raises(ValueError, match="`unsigned` is True, but data went down to -3"):
+            quantizer.load_calib_amax()
+
+
+def test_arguments_of_another_type_are_refused():
+    with pytest.raises(TypeError, match="`quant_desc` is 'int8': it must be a QuantDescriptor"):
+        TensorQuantizer("int8")
+    with pytest.raises(TypeError, match=r"`inputs` are torch.int64: only floating tensors"):
+        TensorQuantizer(QuantDescriptor(amax=1.0))(torch.arange(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_that_half_precision_cannot_hold_are_refused(dtype):
+    quantizer = TensorQuantizer(QuantDescriptor(num_bits=13, fake_quant=False, amax=1.0))
+    with pytest.raises(ValueError, match=r"`num_bits` is 13, and torch.*float16 has no room for the code 4095"):
+        quantizer(torch.ones(2, dtype=dtype))

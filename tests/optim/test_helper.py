@@ -70,3 +70,12 @@ def test_weights_are_rounded_in_place():
 def test_codes_are_no_weights():
     with pytest.raises(ValueError, match=r"`0.weight` has `fake_quant=False`"):
         quant_weight_inplace(nn.Sequential(QuantLinear(3, 2, quant_desc_weight=QuantDescriptor(fake_quant=False))))
+
+
+def test_a_string_is_no_list_of_patterns(model):
+    with pytest.raises(TypeError, match="`patterns` is 'weight': give a list"):
+        freeze_parameters(model, "weight")
+    with pytest.raises(TypeError, match=r"`patterns` is '0\.weight': give a list"):
+        group_parameters(model, ["0.weight"])
+    with pytest.raises(TypeError, match="`patterns_list` is 'weight'"):
+        group_parameters(model, "weight")
