@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lq.nn.evaluating import evaluating
+from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 # Functions and properties that look at a tensor's form and not at its values.
@@ -40,12 +42,29 @@ LOOKS = frozenset(
 
 
 @dataclass(frozen=True)
+class Value:
+    """Stands for a tensor among the arguments of a call."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Call:
-    """A call of a leaf module, or of a function (by its name), in terms of values."""
+    """A call of a leaf module, or of a function (by its name), in terms of values.
+
+    Attributes:
+        target: the module, or the name of the function.
+        inputs: values that it took, as often as it took them.
+        outputs: values that it returned.
+        function: the function itself.
+        arguments: positional and keyword arguments of the function, with a :class:`Value` for each tensor.
+    """
 
     target: nn.Module | str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    function: Any = None
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 @dataclass
@@ -54,15 +73,15 @@ class Flow:
 
     Attributes:
         calls: of leaf modules and functions; a value is a number.
-        ndim: the dimensions of each value.
+        shape: of each value.
         returned: values that the model returned.
-        parameters: identities of parameters that functions took, outside of leaf modules.
+        parameters: parameters that functions took, outside of leaf modules, by the values they are.
     """
 
     calls: list[Call] = field(default_factory=list)
-    ndim: dict[int, int] = field(default_factory=dict)
+    shape: dict[int, torch.Size] = field(default_factory=dict)
     returned: set[int] = field(default_factory=set)
-    parameters: set[int] = field(default_factory=set)
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Calls of a module."""
@@ -98,16 +117,18 @@ class _Tracer(TorchFunctionMode):
         return int(self.values[tensor])
 
     def _new(self, tensor: Tensor) -> int:
-        number = len(self.flow.ndim)
-        self.flow.ndim[number] = tensor.dim()
+        number = len(self.flow.shape)
+        self.flow.shape[number] = tensor.shape
         return number
 
-    def record(self, target: nn.Module | str, taken: tuple[int, ...], output: Any) -> None:
+    def record(
+        self, target: nn.Module | str, taken: tuple[int, ...], output: Any, function: Any = None, arguments: Any = None
+    ) -> None:
         outputs = tensors_in(output)
         for tensor in outputs:
             # also for a tensor that was changed in place: from here on it is another value
             self.values[tensor] = self._new(tensor)
-        self.flow.calls.append(Call(target, taken, tuple(self.value(t) for t in outputs)))
+        self.flow.calls.append(Call(target, taken, tuple(self.value(t) for t in outputs), function, arguments))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -115,11 +136,12 @@ class _Tracer(TorchFunctionMode):
         if self.inside or name in LOOKS:
             return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
-        self.flow.parameters.update(id(t) for t in tensors if isinstance(t, nn.Parameter))
+        self.flow.parameters.update({self.value(t): t for t in tensors if isinstance(t, nn.Parameter)})
         taken = tuple(self.value(t) for t in tensors)
+        arguments = tree_map(lambda leaf: Value(self.value(leaf)) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         output = func(*args, **kwargs)
         if taken:
-            self.record(name, taken, output)
+            self.record(name, taken, output, func, arguments)
         return output
 
     def attach(self, leaf: nn.Module) -> list[RemovableHandle]:
@@ -154,8 +176,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is looked at from outside: it has no children but quantizers."""
-    return not any(not isinstance(child, TensorQuantizer) for child in module.children())
+    """Whether a module is looked at from outside: one of torch's or of ours, without children but quantizers.
+
+    Into modules of other origin the tracer looks, so that a norm that is written by hand is what it computes.
+    """
+    ours = type(module).__module__.startswith("torch.") or isinstance(module, QuantModule)
+    return ours and all(isinstance(child, TensorQuantizer) for child in module.children())
 
 
 @contextmanager

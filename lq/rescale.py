@@ -1,7 +1,8 @@
 """SmoothQuant: move what is hard to quantize from activations into weights, with the float output unchanged."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,46 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lq.alpha import BATCHES, GRID, Alpha, alphas_by_name, check_alpha, output_errors, sample
 from lq.calib import MaxCalibrator, gather, sync_calibrators
+from lq.channels import NONE, follow
 from lq.functional.smooth import smooth_factors
-from lq.graph import Call, Flow, tracing
+from lq.graph import Flow, tracing
 from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import (
-    QUANT_MODULES,
     QuantInputMixin,
     QuantModule,
     input_channel_view,
     scale_input_channels_,
     to_quantized_,
 )
+from lq.producers import LAYERS, Producer, channel_dim, divide_, is_layer, producer_of
 from lq.surgery import has_quantized_layers, unquantized
 
 Excluded = Sequence[type[nn.Module] | nn.Module | str]
 
-NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-LAYERS: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-
-# What a positive factor on a channel passes through unchanged: f(s x) = s f(x), channel by channel.
-PASSING_MODULES: tuple[type[nn.Module], ...] = (
-    *(nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-)
-PASSING_FUNCTIONS = frozenset(
-    {
-        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "dropout2d", "contiguous", "clone"),
-        *(f"{kind}{n}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)),
-    }
-)
-
 
 @dataclass(frozen=True)
 class RescaledGroup:
-    """What was done to the layers that share one input: names, and largest magnitudes before and after."""
+    """What was done to layers that share factors.
+
+    Attributes:
+        producer: the norm or layer that took in the inverse; empty where a multiply was inserted.
+        consumers: the layers.
+        channels: how many factors there are.
+        action: ``folded`` or ``inserted``.
+        alpha: migration strength.
+        input_amax: largest magnitude of the layers' inputs, before and after.
+        weight_amax: of their weights.
+    """
 
     producer: str
     consumers: tuple[str, ...]
@@ -62,19 +55,29 @@ class RescaledGroup:
 
 @dataclass
 class _Group:
-    """Linear and conv layers that share one factor, and the norm it folds into, if there is one."""
+    """Layers that share factors, and what takes in the inverse of them.
 
-    layers: list[nn.Module]
-    norm: nn.Module | None = None
+    Attributes:
+        layers: with, for each input channel, the number of its factor, or -1 for none; int64 ``(channels,)``.
+        factors: how many there are.
+        producer: its name, or nothing.
+        parameters: of the producer, each with the dimension of its channels.
+    """
+
+    layers: list[tuple[nn.Module, Tensor]]
+    factors: int
+    producer: str = ""
+    parameters: tuple[tuple[nn.Parameter, int], ...] = ()
 
 
 class RescalingCalibrator:
     """Collects the range of every input channel of linear and conv layers, then rescales (SmoothQuant, arXiv:2211.10438).
 
-    Factors go into the affine of a norm whose output feeds only such layers, directly or through operations that let a positive
-    factor per channel pass (ReLU, pooling, dropout), as found in the first run. Elsewhere the layer multiplies its input: the
-    quantizer's ``pre_quant_scale``. Layers are left as they are whose weight something else takes too, or is computed; and, in a
-    model with quantized layers, those whose input stays in float, or has an amax that must not change.
+    Factors go into the affine of a norm, or the rows of a layer, whose channels feed only such layers, directly or through
+    operations that let a positive factor on a channel pass, as found in the first run: ReLU, pooling, reshapes, concatenation,
+    the other operand of a gate, the values of attention. Elsewhere the layer multiplies its input: the quantizer's
+    ``pre_quant_scale``. Layers are left as they are whose weight something else takes too, or is computed; and, in a model with
+    quantized layers, those whose input stays in float, or has an amax that must not change.
 
     Args:
         model: float or quantized; after rescaling, quantizers of rescaled layers have no amax and must be calibrated.
@@ -82,6 +85,11 @@ class RescalingCalibrator:
         kwargs: example keyword inputs.
         excluded_modules: modules, types of modules, or wildcards on names, to be left as they are.
         inplace: change ``model`` itself; by default a copy is rescaled and ``model`` stays untouched.
+
+    Attributes:
+        model: what is rescaled.
+        groups: what was done, once it is.
+        left: layers that were left as they are, by name, and why.
 
     Raises:
         ValueError: an excluded module or pattern that is not in the model.
@@ -104,17 +112,20 @@ class RescalingCalibrator:
         excluded_modules: Excluded | None = None,
         inplace: bool = False,
     ) -> None:
-        excluded = _excluded_names(model, excluded_modules or ())
+        self._excluded = _excluded_names(model, excluded_modules or ())
         quantized = has_quantized_layers(model)
         self.model = model if inplace else copy.deepcopy(model)
         self.groups: list[RescaledGroup] = []
+        self.left: dict[str, str] = {}
         self._flow: Flow | None = None
+        # for alpha="auto": a few inputs of each layer
+        self._samples: dict[nn.Module, list[Tensor]] = defaultdict(list)
         self._rescaled = False
         self._names = {m: name or type(m).__name__ for name, m in self.model.named_modules()}
         self._calibrators = {
             m: MaxCalibrator(axis=0).to(_weight(m).device)
             for name, m in self.model.named_modules()
-            if name not in excluded and (_is_quantized_layer(m) if quantized else _is_layer(m))
+            if name not in self._excluded and (_is_quantized_layer(m) if quantized else is_layer(m))
         }
         if args or kwargs:
             self(*args, **(kwargs or {}))
@@ -144,31 +155,38 @@ class RescalingCalibrator:
 
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
-        channels = x.movedim(_channel_dim(module, x.dim()), 0)
+        if len(samples := self._samples[module]) < BATCHES:
+            samples.append(sample(module, x))
+        channels = x.movedim(channel_dim(module, x.dim()), 0)
         self._calibrators[module].collect(channels.reshape(channels.shape[0], -1))
 
-    def rescale(self, alpha: float = 0.5) -> nn.Module:
+    def rescale(self, alpha: Alpha = 0.5) -> nn.Module:
         """Rescale with the statistics collected so far, over all ranks; :attr:`groups` then says what was done.
 
         Args:
-            alpha: migration strength in [0, 1]: 0 leaves activations as they are, 1 gives every channel the same range.
+            alpha: migration strength in [0, 1]: 0 leaves activations as they are, 1 gives every channel the same range. A mapping
+                from patterns on names of layers to numbers (``{"*": 0.5, "*.fc1": 0.8}``, the last match wins); or ``"auto"``:
+                for each group the one of 0, 0.05 ... 1 with the least squared error at the layers' outputs, on a few inputs of
+                the batches collected.
 
         Returns:
             The rescaled model: ``model`` itself if ``inplace``, else the copy.
 
         Raises:
-            ValueError: alpha outside [0, 1], no batch was collected, or NaN or Inf in one.
+            ValueError: alpha outside [0, 1], a pattern that matches nothing, no batch was collected, or NaN or Inf in one.
             RuntimeError: called a second time.
         """
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"`alpha` is {alpha}: it must lie in [0, 1].")
+        check_alpha(alpha)
         if self._rescaled:
             raise RuntimeError("The model is rescaled already: make another calibrator for a second time.")
         broken = [self._names[m] for m, c in self._calibrators.items() if c.collected and not c.finite]
         error = f"NaN or Inf in the input of {', '.join(broken[:5])}: look for bad samples." if broken else None
         sync_calibrators(list(self._calibrators.values()), error)
-        for group in self._agreed_groups():
-            self.groups.append(self._rescale_group(group, alpha))
+        groups = self._agreed_groups()
+        for group, value in zip(groups, self._alphas(groups, alpha), strict=True):
+            self.groups.append(self._rescale_group(group, value))
+        self.left = self._reasons(groups)
+        self._samples.clear()
         self._rescaled = True
         return self.model
 
@@ -180,47 +198,117 @@ class RescalingCalibrator:
             raise ValueError(
                 "There is nothing to rescale: run at least one batch that reaches a linear or conv layer through the calibrator."
             )
-        modules = {name: module for module, name in self._names.items()}
-        return [_Group([modules[name] for name in layers], modules.get(norm)) for layers, norm in agreed]
+        modules, parameters = {name: m for m, name in self._names.items()}, dict(self.model.named_parameters())
+        return [
+            _Group([(modules[name], i) for name, i in layers], n, by, tuple((parameters[name], dim) for name, dim in divided))
+            for layers, n, by, divided in agreed
+        ]
 
-    def _named(self, group: _Group) -> tuple[list[str], str | None]:
-        return [self._names[m] for m in group.layers], None if group.norm is None else self._names[group.norm]
+    def _reasons(self, groups: list[_Group]) -> dict[str, str]:
+        """Why layers are left as they are, by name."""
+        done = {module for group in groups for module, _ in group.layers}
+        reasons = {}
+        for name, module in self.model.named_modules():
+            if not isinstance(module, LAYERS) or module in done:
+                continue
+            if name in self._excluded:
+                reasons[name] = "excluded"
+            elif not is_layer(module):
+                reasons[name] = "its weight is computed, or its class unknown"
+            elif module not in self._calibrators:
+                reasons[name] = "its input stays in float, or has an amax that must not change"
+            elif not self._calibrators[module].collected:
+                reasons[name] = "no batch reached it"
+            else:
+                reasons[name] = "something else takes its weight too"
+        return reasons
+
+    def _named(self, group: _Group) -> tuple[Any, ...]:
+        names = {p: name for name, p in self.model.named_parameters()}
+        layers = [(self._names[m], index) for m, index in group.layers]
+        return layers, group.factors, group.producer, [(names[p], dim) for p, dim in group.parameters]
 
     def _find_groups(self, flow: Flow) -> list[_Group]:
-        # a weight that something else takes too cannot change for this layer alone
-        shared = _shared_parameters(self.model) | flow.parameters
-        left = [m for m, c in self._calibrators.items() if c.collected and id(_weight(m)) not in shared]
+        # a weight that something else takes too cannot change for one layer alone
+        tied = _shared_parameters(self.model)
+        shared = tied | {id(p) for p in flow.parameters.values()}
+        left = {m: torch.ones(_channels(m), dtype=torch.bool) for m in self._calibrators if self._may_change(m, shared)}
         groups: list[_Group] = []
         for call in flow.calls:
-            if isinstance(call.target, NORMS) and _can_take_factor(call.target, flow, shared):
-                layers = _takers(flow, call.outputs[0], _norm_dim(call.target))
-                if layers and all(m in left for m in layers):
-                    groups.append(_Group(layers, call.target))
-                    left = [m for m in left if m not in layers]
-        # what takes the same value shares a factor, so that q, k and v see one activation
+            producer = producer_of(flow, call, tied)
+            if producer is None or (name := self._name_of(producer)) is None:
+                continue
+            use = follow(flow, call.outputs[0], producer.dim, lambda m, ndim: channel_dim(m, ndim) if m in left else None)
+            # a channel whose factor is known already has no other
+            layers = [(m, torch.where(left[m], index, NONE)) for m, index in use.layers]
+            layers = [(m, index) for m, index in layers if bool((index >= 0).any())]
+            if layers:
+                groups.append(_Group(layers, len(use.free), name, producer.parameters))
+                for m, index in layers:
+                    left[m] &= index < 0
+        return groups + self._inserted(flow, [m for m, channels in left.items() if bool(channels.all())])
+
+    def _name_of(self, producer: Producer) -> str | None:
+        """Of its module, or the one that holds its parameters; ``None`` if that is excluded."""
+        if producer.module is not None:
+            name = self._names[producer.module]
+        else:
+            name = next(n for n, p in self.model.named_parameters() if p is producer.parameters[0][0]).rpartition(".")[0]
+        return None if name in self._excluded else name
+
+    def _may_change(self, module: nn.Module, shared: set[int]) -> bool:
+        return self._calibrators[module].collected and id(_weight(module)) not in shared
+
+    def _inserted(self, flow: Flow, modules: list[nn.Module]) -> list[_Group]:
+        """Groups for a multiply: what takes the same value shares factors, so that q, k and v see one activation."""
         by_input: dict[object, list[nn.Module]] = {}
-        for module in left:
+        for module in modules:
             calls = flow.calls_of(module)
             by_input.setdefault(calls[0].inputs[0] if len(calls) == 1 else module, []).append(module)
-        return groups + [_Group(layers) for layers in by_input.values()]
+        return [_Group([(m, torch.arange(n)) for m in ms], n) for ms in by_input.values() for n in [_channels(ms[0])]]
+
+    def _alphas(self, groups: list[_Group], alpha: Alpha) -> list[float]:
+        if isinstance(alpha, Mapping):
+            return alphas_by_name(alpha, [[self._names[m] for m, _ in group.layers] for group in groups])
+        if not isinstance(alpha, str):
+            return [float(alpha)] * len(groups)
+        with evaluating(self.model), unquantized(self.model):
+            mine = [self._output_errors(group) for group in groups]
+        # the ranks saw other samples, and must choose the same
+        return [GRID[int(torch.stack(errors).sum(dim=0).argmin())] for errors in zip(*gather(mine), strict=True)]
+
+    def _output_errors(self, group: _Group) -> Tensor:
+        """Errors of a group's layers for each alpha, with the samples of this rank."""
+        ranges = self._ranges(group)
+        candidates = [smooth_factors(*ranges, alpha) for alpha in GRID]
+        total = torch.zeros(len(GRID), dtype=torch.float64)
+        for module, index in group.layers:
+            if samples := self._samples[module]:
+                total += output_errors(module, samples, [_spread(factors, index) for factors in candidates])
+        return total
+
+    def _ranges(self, group: _Group) -> tuple[Tensor, Tensor]:
+        """Largest magnitudes of inputs and of weights for each factor."""
+        inputs, weights = (_gathered(group, [amax(m) for m, _ in group.layers]) for amax in (self._input_amax, _weight_amax))
+        return inputs, weights
 
     @torch.no_grad()
     def _rescale_group(self, group: _Group, alpha: float) -> RescaledGroup:
-        inputs = torch.stack([self._input_amax(m) for m in group.layers]).amax(dim=0)
-        weights = torch.stack([_weight_amax(m) for m in group.layers]).amax(dim=0)
+        inputs, weights = self._ranges(group)
         factors = smooth_factors(inputs, weights, alpha)
-        for module in group.layers:
+        for module, index in group.layers:
             _forget_amax(module)
-            scale_input_channels_(module, factors if group.norm is not None else _insert_(module, factors))
-        if group.norm is not None:
-            for parameter in (group.norm.weight, group.norm.bias if hasattr(group.norm, "bias") else None):
-                if isinstance(parameter, Tensor):
-                    parameter /= factors.to(parameter.dtype)
+            mine = _spread(factors, index)
+            scale_input_channels_(module, mine if group.parameters else _insert_(module, mine))
+        divide_(group.parameters, factors)
+        for module, name in self._names.items():
+            if group.parameters and name == group.producer:
+                _forget_amax(module)
         return RescaledGroup(
-            producer="" if group.norm is None else self._names[group.norm],
-            consumers=tuple(self._names[m] for m in group.layers),
+            producer=group.producer,
+            consumers=tuple(self._names[m] for m, _ in group.layers),
             channels=factors.numel(),
-            action="inserted" if group.norm is None else "folded",
+            action="folded" if group.parameters else "inserted",
             alpha=alpha,
             input_amax=(inputs.max().item(), (inputs / factors).max().item()),
             weight_amax=(weights.max().item(), (weights * factors).max().item()),
@@ -272,29 +360,11 @@ def _weight(module: nn.Module) -> Tensor:
 # Channels
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a module has input channels that weights meet: a linear layer or a convolution, quantized or not.
-
-    Not with a weight that is computed (pruning, weight_norm): a factor on it would be gone with the next forward.
-    """
-    known = type(module) in QUANT_MODULES or isinstance(module, QuantInputMixin)
-    return known and isinstance(module, LAYERS) and module._parameters.get("weight") is not None
-
-
 def _is_quantized_layer(module: nn.Module) -> bool:
     """Whether a layer's input is quantized, with an amax that may change."""
-    if not _is_layer(module) or not isinstance(module, QuantInputMixin) or module.input_quantizer._disabled:
+    if not is_layer(module) or not isinstance(module, QuantInputMixin) or module.input_quantizer._disabled:
         return False
     return not any(q.fixed for q in module.quantizers().values())
-
-
-def _channel_dim(module: nn.Module, ndim: int) -> int:
-    """Dimension of the input channels: the last one of linear layers, the one before the kernel's of convolutions."""
-    return ndim - 1 - len(getattr(module, "kernel_size", ()))
-
-
-def _norm_dim(norm: nn.Module) -> int:
-    return -1 if isinstance(norm, nn.LayerNorm | nn.RMSNorm) else 1
 
 
 def _weight_amax(module: nn.Module) -> Tensor:
@@ -302,43 +372,25 @@ def _weight_amax(module: nn.Module) -> Tensor:
     return input_channel_view(module).abs().amax(dim=(1, 3)).flatten()
 
 
-# Where a factor can go
+def _channels(module: nn.Module) -> int:
+    """How many input channels a layer has."""
+    groups, _, channels, _ = input_channel_view(module).shape
+    return groups * channels
 
 
-def _can_take_factor(norm: nn.Module, flow: Flow, shared: set[int]) -> bool:
-    """Whether a norm has a one-dimensional affine of its own and is called once."""
-    weight = getattr(norm, "weight", None)
-    own = isinstance(weight, Tensor) and weight.dim() == 1 and id(weight) not in shared
-    return own and len(flow.calls_of(norm)) == 1
+def _spread(factors: Tensor, index: Tensor) -> Tensor:
+    """The factor of each input channel, 1 where it has none."""
+    index = index.to(factors.device)
+    return torch.where(index >= 0, factors[index.clamp_min(0)], 1.0)
 
 
-def _takers(flow: Flow, value: int, dim: int) -> list[nn.Module] | None:
-    """Layers that take ``value``, also behind passing operations; ``None`` if anything else does."""
-    if value in flow.returned:
-        return None
-    layers: list[nn.Module] = []
-    for call in flow.consumers(value):
-        if (layer := _taker(flow, call, value, dim)) is not None:
-            layers.append(layer)
-        elif _passes(call) and (behind := _takers(flow, call.outputs[0], dim)) is not None:
-            layers += behind
-        else:
-            return None
-    return layers
-
-
-def _taker(flow: Flow, call: Call, value: int, dim: int) -> nn.Module | None:
-    """The layer called, if it is one that is called once and has ``value``'s dimension ``dim`` as its input channels."""
-    module = call.target
-    if isinstance(module, str) or not _is_layer(module) or len(flow.calls_of(module)) != 1:
-        return None
-    ndim = flow.ndim[value]
-    return module if _channel_dim(module, ndim) == dim % ndim else None
-
-
-def _passes(call: Call) -> bool:
-    known = call.target in PASSING_FUNCTIONS if isinstance(call.target, str) else type(call.target) in PASSING_MODULES
-    return known and len(call.inputs) == 1 and len(call.outputs) == 1
+def _gathered(group: _Group, values: list[Tensor]) -> Tensor:
+    """The largest of the values that share a factor, ``(factors,)``; 0 where there is none."""
+    largest = values[0].new_zeros(group.factors)
+    for (_, index), value in zip(group.layers, values, strict=True):
+        index = index.to(value.device)
+        largest.scatter_reduce_(0, index[index >= 0], value[index >= 0], "amax")
+    return largest
 
 
 # Inserting

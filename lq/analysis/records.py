@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lq.analysis.quantizer_stats import LayerRow
 from lq.calib import HistogramCalibrator
 from lq.functional.histogram import bin_width, grow
+from lq.rescale import RescaledGroup
 from lq.surgery import named_quantizers
 
 
@@ -84,6 +85,8 @@ class Report:
         notes: facts about the run, as ``{"method": "percentile", "alpha": "0.5"}``.
         histograms: by quantizer.
         history: metrics over the steps, as :func:`read_history` has them.
+        rescaled: what rescaling did.
+        left: layers that it left as they are, and why.
     """
 
     title: str
@@ -93,6 +96,8 @@ class Report:
     notes: dict[str, str] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    rescaled: list[RescaledGroup] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
 
 def histograms(model: nn.Module) -> dict[str, Histogram]:

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lq.analysis.quantizer_stats import LayerRow
 from lq.analysis.records import Deployed, Report, Stage
+from lq.rescale import RescaledGroup
 
 if TYPE_CHECKING:
     import rich.table
@@ -110,7 +111,7 @@ def baseline(items: list[Named]) -> Named:
 
 
 def report_tables(report: Report) -> list[Table]:
-    """All tables that a report has data for: stages, deployed graphs, notes, quantizers."""
+    """All tables that a report has data for: stages, deployed graphs, notes, rescaling, quantizers."""
     tables = []
     if report.stages:
         tables.append(stage_table(report.stages))
@@ -118,6 +119,8 @@ def report_tables(report: Report) -> list[Table]:
         tables.append(deployed_table(report.deployed))
     if report.notes:
         tables.append(Table("Notes", ["Note", "Value"], [[k, v] for k, v in report.notes.items()]))
+    if report.rescaled or report.left:
+        tables.append(rescale_table(report.rescaled, report.left))
     if report.layers:
         tables.append(layer_table(report.layers))
     return tables
@@ -188,6 +191,32 @@ def layer_table(layers: list[LayerRow]) -> Table:
         for row in layers
     ]
     return Table("Quantizers", columns, rows)
+
+
+def rescale_table(groups: Sequence[RescaledGroup], left: Mapping[str, str] | None = None) -> Table:
+    """What a rescaling did to each group of layers: ``calibrator.groups`` and ``calibrator.left``.
+
+    >>> import torch, lq
+    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(2), torch.nn.Linear(2, 1, bias=False))
+    >>> calibrator = lq.RescalingCalibrator(model, args=(torch.tensor([[1.0, 9.0]]),))
+    >>> _ = calibrator.rescale(alpha=1.0)
+    >>> rescale_table(calibrator.groups).rows[0][:6]
+    ['0', '1', '2', 'folded', '1.00', '1.000 → 1.000']
+    """
+    columns = ["From", "Layers", "Channels", "Factors", "alpha", "Input amax", "Weight amax"]
+    rows = [
+        [
+            group.producer or NOTHING,
+            " ".join(group.consumers),
+            str(group.channels),
+            group.action,
+            f"{group.alpha:.2f}",
+            *(f"{number(before)} → {number(after)}" for before, after in (group.input_amax, group.weight_amax)),
+        ]
+        for group in groups
+    ]
+    rows += [[NOTHING, name, NOTHING, f"left: {why}", *[NOTHING] * 3] for name, why in (left or {}).items()]
+    return Table("Rescaling", columns, rows)
 
 
 def compare_runs(rows: list[dict[str, object]], sort_by: str | None = None, descending: bool = True) -> Table:

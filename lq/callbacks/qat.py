@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lq.alpha import Alpha
 from lq.calibration import Method
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
@@ -38,7 +39,7 @@ class QuantizationAwareTraining(Callback):
         rules: Rules = "int8",
         *,
         method: Method = "mse",
-        alpha: float | None = 0.5,
+        alpha: Alpha | None = 0.5,
         lr: float | None = 0.01,
         export: str | Path | None = None,
         quantize: Quantize | None = None,

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
+from lq.alpha import Alpha, check_alpha
 from lq.analysis.records import Histogram, histograms
 from lq.calib import failing_together, save_statistics
 from lq.calib.statistics import require_safetensors
@@ -34,7 +35,8 @@ class Quantize(Callback):
         method: how amax is chosen, for all or by patterns on names, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
         batches: train batches to calibrate on, on each rank.
-        alpha: SmoothQuant's migration strength in [0, 1]; ``None`` does not rescale.
+        alpha: SmoothQuant's migration strength: a number in [0, 1], numbers by patterns on names, or ``"auto"``, as for
+            :meth:`lq.RescalingCalibrator.rescale`; ``None`` does not rescale.
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
         stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
             metrics, and loggers get them as ``<stage>/<metric>``.
@@ -44,6 +46,7 @@ class Quantize(Callback):
     Attributes:
         stages: metrics of each stage.
         rescaled: what SmoothQuant did.
+        left: layers that it left as they are, and why.
         histograms: what calibration saw, by quantizer.
         methods: by which amax was chosen, by quantizer: what ``auto`` picked.
 
@@ -60,7 +63,7 @@ class Quantize(Callback):
         method: Method = "mse",
         method_options: dict[str, Any] | None = None,
         batches: int = 8,
-        alpha: float | None = 0.5,
+        alpha: Alpha | None = 0.5,
         excluded_modules: Excluded | None = None,
         stages: bool = True,
         dirpath: str | Path | None = None,
@@ -68,8 +71,8 @@ class Quantize(Callback):
         check_options(method, method_options or {}, batches)
         if dirpath is not None:
             require_safetensors()
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"`alpha` is {alpha}: it must lie in [0, 1], or be None for no rescaling.")
+        if alpha is not None:
+            check_alpha(alpha)
         if batches < 1:
             raise ValueError(f"`batches` is {batches}: calibration needs at least 1.")
         self.rules, self.method, self.method_options = rules, method, method_options or {}
@@ -77,6 +80,7 @@ class Quantize(Callback):
         self.validate_stages, self.dirpath = stages, dirpath
         self.stages: dict[str, dict[str, float]] = {}
         self.rescaled: list[RescaledGroup] = []
+        self.left: dict[str, str] = {}
         self.histograms: dict[str, Histogram] = {}
         self.methods: dict[str, str] = {}
 
@@ -128,7 +132,7 @@ class Quantize(Callback):
             self._calibrate(trainer, pl_module)
             self._validate(trainer, pl_module, "calibrated")
         calibrator.rescale(self.alpha)
-        self.rescaled = calibrator.groups
+        self.rescaled, self.left = calibrator.groups, calibrator.left
         self._calibrate(trainer, pl_module)
         self._validate(trainer, pl_module, "rescaled")
 

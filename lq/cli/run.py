@@ -87,8 +87,10 @@ def describe(
     if len(set(methods.values())) > 1:
         layers = [replace(row, method=methods.get(row.name)) for row in layers]
     notes = {"calibration": f"{quantize.method}, {quantize.batches} train batches"}
-    if quantize.alpha is not None:
-        notes["rescaling"] = f"alpha {quantize.alpha}: {folded} of {len(quantize.rescaled)} groups folded, others inserted"
+    if quantize.rescaled:
+        alphas = [group.alpha for group in quantize.rescaled]
+        alpha = f"alpha {min(alphas):.2f} to {max(alphas):.2f}" if len(set(alphas)) > 1 else f"alpha {alphas[0]}"
+        notes["rescaling"] = f"{alpha}: {folded} of {len(alphas)} groups folded, others inserted"
     return Report(
         title=f"{cfg.name}: float to INT8",
         stages=[Stage(name, metrics) for name, metrics in quantize.stages.items()],
@@ -96,6 +98,8 @@ def describe(
         layers=layers,
         notes=notes | ({} if deployment is None else deployment.notes()),
         histograms=quantize.histograms,
+        rescaled=quantize.rescaled,
+        left=quantize.left,
         history=read_history(history) if history.exists() else [],
     )
 

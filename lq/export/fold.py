@@ -63,7 +63,7 @@ def _has_fixed_statistics(norm: nn.Module) -> bool:
 def _on_channels(flow: Flow, layer: nn.Module) -> bool:
     # BatchNorm works on axis 1: a Linear layer on (batch, time, features) has its channels elsewhere
     assert isinstance(layer.weight, Tensor)
-    return flow.ndim[flow.calls_of(layer)[0].outputs[0]] == layer.weight.dim()
+    return len(flow.shape[flow.calls_of(layer)[0].outputs[0]]) == layer.weight.dim()
 
 
 @torch.no_grad()

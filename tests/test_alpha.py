@@ -1,0 +1,136 @@
+"""Alpha by patterns and by the error at the outputs, against a search that quantizes in NumPy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lq
+from lq.alpha import GRID, sample
+from lq.callbacks import Quantize
+
+
+def model_of(*layers):
+    torch.manual_seed(0)
+    return nn.Sequential(*(layers or (nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)))).eval()
+
+
+def outliers(n=64):
+    x = torch.randn(n, 8, generator=torch.Generator().manual_seed(1))
+    return x * torch.tensor([1.0, 1, 40, 1, 1, 1, 1, 1])
+
+
+def calibrator_of(model, x, **options):
+    return lq.RescalingCalibrator(model, args=(x,), **options)
+
+
+def quantized(x, amax, bits):
+    qmax = 2 ** (bits - 1) - 1
+    scale = amax / qmax
+    return np.clip(np.rint(x / scale), -qmax, qmax) * scale
+
+
+def error(x, weight, alpha, bits):
+    """Squared error of a linear layer without bias, quantized per tensor and per row, SmoothQuant's eq. 4 for the factors."""
+    s = np.abs(x).max(0) ** alpha / np.abs(weight).max(0) ** (1 - alpha)
+    xs, ws = x / s, weight * s
+    y = quantized(xs, np.abs(xs).max(), bits) @ quantized(ws, np.abs(ws).max(1, keepdims=True), bits).T
+    return ((y - x @ weight.T) ** 2).sum()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_auto_takes_the_alpha_with_the_least_error_at_the_output(bits):
+    model, x = model_of(nn.Identity(), nn.Linear(8, 6, bias=False)), outliers()
+    desc = lq.QuantDescriptor(num_bits=bits)
+    lq.quantize_(model, [lq.QuantRule("*", desc, desc.replace(axis=0))])
+    errors = [error(x.double().numpy(), model[1].weight.detach().double().numpy(), alpha, bits) for alpha in GRID]
+    calibrator = calibrator_of(model, x)
+    calibrator.rescale("auto")
+    (group,) = calibrator.groups
+    assert errors[GRID.index(group.alpha)] <= min(errors) * 1.001
+    assert errors[10] > min(errors)
+
+
+def test_each_group_has_an_alpha_of_its_own_and_the_output_stays():
+    model, x = model_of(), outliers()
+    calibrator = calibrator_of(model, x)
+    after = calibrator.rescale("auto")
+    torch.testing.assert_close(after(x), model(x), rtol=1e-4, atol=1e-5)
+    assert {g.consumers for g in calibrator.groups} == {("1",), ("3",)}
+    assert all(g.alpha in GRID for g in calibrator.groups)
+
+
+def test_looking_for_alpha_leaves_weights_and_amax_as_they_were():
+    model, x = model_of(), outliers()
+    calibrator = calibrator_of(model, x, inplace=True)
+    before = copy.deepcopy(model.state_dict())
+    calibrator._alphas(calibrator._agreed_groups(), "auto")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_all_alphas_come_from_one_pass_that_is_not_repeated():
+    model, x, calls = model_of(), outliers(), []
+    calibrator = calibrator_of(model, x, inplace=True)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    calibrator.rescale("auto")
+    assert not calls
+
+
+def test_patterns_choose_for_groups_and_the_last_match_wins():
+    calibrator = calibrator_of(model_of(), outliers())
+    calibrator.rescale({"*": 0.3, "3": 0.9})
+    assert {g.consumers: g.alpha for g in calibrator.groups} == {("1",): 0.3, ("3",): 0.9}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        ({"*": 0.5, "nowhere*": 0.1}, r"pattern 'nowhere\*', which matches no layer: known are 1, 3"),
+        ({"3": 0.5}, "`alpha` says nothing about `1`: begin it with a pattern"),
+        ({"*": 1.5}, "`alpha` is 1.5: it must lie in"),
+        ("best", "`alpha` is 'best': give a number"),
+        (float("nan"), "`alpha` is nan"),
+    ],
+)
+def test_what_is_no_alpha_is_refused_and_changes_nothing(alpha, message):
+    model, x = model_of(), outliers()
+    calibrator = calibrator_of(model, x, inplace=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        calibrator.rescale(alpha)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    calibrator.rescale(0.5)
+
+
+def test_the_callback_takes_the_same():
+    assert Quantize(alpha="auto").alpha == "auto"
+    with pytest.raises(ValueError, match="`alpha` is 'best'"):
+        Quantize(alpha="best")
+    with pytest.raises(ValueError, match="`alpha` is 2"):
+        Quantize(alpha={"*": 2})
+
+
+def test_samples_are_few_and_from_all_over():
+    x = torch.arange(2_000_000.0).reshape(20, 1000, 100)
+    rows = sample(nn.Linear(100, 1), x)
+    assert rows.shape[0] * 100 <= 2**15
+    assert rows[-1, 0] > 1_900_000
+    images = sample(nn.Conv2d(3, 4, 3), torch.randn(64, 3, 64, 64))
+    assert images.shape == (2, 3, 64, 64)
+    assert sample(nn.Conv2d(3, 4, 3), torch.randn(2, 3, 500, 500)).shape[0] == 1
+
+
+def test_layers_that_are_left_are_named_with_the_reason():
+    shared = nn.Linear(8, 8)
+    tied = nn.Linear(8, 8)
+    tied.weight = shared.weight
+    model = model_of(shared, nn.Linear(8, 8), nn.Linear(8, 8), tied)
+    calibrator = calibrator_of(model, outliers(), excluded_modules=["1"])
+    calibrator.rescale(0.5)
+    assert calibrator.left == {
+        "0": "something else takes its weight too",
+        "1": "excluded",
+        "3": "something else takes its weight too",
+    }
