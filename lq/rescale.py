@@ -157,8 +157,7 @@ class RescalingCalibrator:
         x: Tensor = args[0] if args else kwargs["input"]
         if len(samples := self._samples[module]) < BATCHES:
             samples.append(sample(module, x))
-        channels = x.movedim(channel_dim(module, x.dim()), 0)
-        self._calibrators[module].collect(channels.reshape(channels.shape[0], -1))
+        self._calibrators[module].collect(_channel_amax(x.detach(), channel_dim(module, x.dim())))
 
     def rescale(self, alpha: Alpha = 0.5) -> nn.Module:
         """Rescale with the statistics collected so far, over all ranks; :attr:`groups` then says what was done.
@@ -370,6 +369,14 @@ def _is_quantized_layer(module: nn.Module) -> bool:
 def _weight_amax(module: nn.Module) -> Tensor:
     """Largest magnitude of the weights that meet each input channel, ``(channels,)``."""
     return input_channel_view(module).abs().amax(dim=(1, 3)).flatten()
+
+
+def _channel_amax(x: Tensor, dim: int) -> Tensor:
+    """Largest magnitude of each channel, ``(channels, 1)``, without a copy of ``x``."""
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[dim], 1)
+    others = [i for i in range(x.dim()) if i != dim]
+    return (torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()).unsqueeze(1)
 
 
 def _channels(module: nn.Module) -> int:
