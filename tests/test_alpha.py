@@ -134,3 +134,16 @@ def test_layers_that_are_left_are_named_with_the_reason():
         "1": "excluded",
         "3": "something else takes its weight too",
     }
+
+
+@pytest.mark.parametrize("alpha", [0.5, "auto", {"*": 0.7}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rescaled_within_its_precision(dtype, alpha):
+    model, x = model_of().to(dtype), outliers().to(dtype)
+    before = model(x).float()
+    calibrator = calibrator_of(model, x)
+    after = calibrator.rescale(alpha)
+    assert {p.dtype for p in after.parameters()} == {dtype}
+    assert after(x).dtype == dtype
+    torch.testing.assert_close(after(x).float(), before, rtol=0.05, atol=0.05 * before.abs().max().item())
+    assert all(torch.isfinite(p).all() for p in after.parameters())

@@ -14,6 +14,7 @@ from torch import nn
 from lq.calib import AffineCalibrator, HeldOutCalibrator, HistogramCalibrator, MaxCalibrator, sync_calibrators
 from lq.calibration import calibrating
 from lq.functional.histogram import grow
+from lq.rescale import RescalingCalibrator
 from lq.surgery import named_quantizers, quantize_
 
 WORLDS = (2, 3)
@@ -147,6 +148,17 @@ def held_out(rank, world):
     return calibrator.counts.tolist(), calibrator.held_out.tolist(), amax, calibrator.method
 
 
+def rescaled(rank, world):
+    """SmoothQuant with the alpha that all ranks find together; the last rank saw nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)).eval()
+    calibrator = RescalingCalibrator(model)
+    if rank < world - 1:
+        calibrator(torch.randn(32, 8, generator=torch.Generator().manual_seed(rank)) * 10.0**rank)
+    calibrator.rescale("auto")
+    return [group.alpha for group in calibrator.groups], calibrator.model.state_dict()
+
+
 def everything(rank, world):
     results = {}
     for name, share in shares(world).items():
@@ -161,6 +173,7 @@ def everything(rank, world):
     results["shapes"] = message(sees_another_shape, rank)
     results["any share"] = message(any_share, rank, world)
     results["held out"] = held_out(rank, world)
+    results["rescaled"] = rescaled(rank, world)
     results["collectives"] = [collectives(collected([])[:n]) for n in (1, 3, 8)]
     return results
 
@@ -259,6 +272,15 @@ def test_ranks_with_different_shapes_are_refused(results, world):
 def test_the_number_of_collectives_does_not_grow_with_the_model(results, world):
     # maxima only for a MaxCalibrator, and counts as well once there is a histogram
     assert [mine["collectives"] for mine in results[world]] == [[1, 1, 2]] * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_choose_the_same_alpha_and_have_the_same_weights(results, world):
+    alphas, weights = results[world][0]["rescaled"]
+    assert len(alphas) == 2
+    for mine in results[world]:
+        assert mine["rescaled"][0] == alphas
+        assert all(torch.equal(mine["rescaled"][1][name], weight) for name, weight in weights.items())
 
 
 # One process
