@@ -69,14 +69,13 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
 
 
 def _described(calibrator: Calibrator) -> dict[str, Any]:
-    statistics = calibrator.statistics()
     return {
         "kind": next(kind for kind, cls in KINDS.items() if type(calibrator) is cls),
         "num_bits": calibrator.num_bits,
         "axis": calibrator.axis,
         "unsigned": calibrator.unsigned,
-        "shape": statistics["shape"],
-        "batches": statistics["batches"],
+        "shape": calibrator.shape,
+        "batches": calibrator.update_count,
     }
 
 

@@ -8,9 +8,9 @@ number of levels and not of bins (but for ``lp``). Within this file, positions a
 import torch
 from torch import Tensor
 
-from lq.functional.affine_errors import Errors, absolute, divergence, positions, power, squared
+from lq.functional.affine_errors import Errors, absolute, divergence, power, squared
 from lq.functional.histogram import grow
-from lq.functional.threshold import Search, percentile_edges
+from lq.functional.threshold import Search, percentile_edges, without_outliers
 
 # Fractions of the largest value, and of the smallest, that are tried, and into how many parts the step between them is cut then.
 COARSE, FINE = 32, 8
@@ -52,7 +52,7 @@ def affine_range(counts: Tensor, exponent: Tensor, peak: Tensor, method: str, se
     check_affine(method, search)
     signed, width = _signed(counts, exponent)
     if search.z_threshold != float("inf"):
-        signed = _without_outliers(signed, search.z_threshold)
+        signed = without_outliers(signed, search.z_threshold)
     seen = peak.double() / width
     assert isinstance(search.num_bits, int)
     if method == "percentile":
@@ -73,14 +73,6 @@ def _signed(counts: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     negative, positive = (grow(c, e, common) for c, e in zip(counts, exponent, strict=True))
     width = torch.ldexp(torch.ones_like(common, dtype=torch.float64), common) / counts.shape[2]
     return torch.cat([negative.flip(1), positive], dim=1).double(), width
-
-
-def _without_outliers(signed: Tensor, z_threshold: float) -> Tensor:
-    """Leave out bins that lie more than ``z_threshold`` standard deviations from the mean (Sony MCT's ``z_threshold``)."""
-    total = signed.sum(dim=1, keepdim=True).clamp_min(1)
-    deviation = positions(signed) - (signed * positions(signed)).sum(dim=1, keepdim=True) / total
-    std = ((signed * deviation.square()).sum(dim=1, keepdim=True) / total).sqrt()
-    return signed.masked_fill(deviation.abs() > z_threshold * std, 0)
 
 
 def _occupied(signed: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,14 @@ class QuantModule(nn.Module):
 
     # pytorch-quantization's names, for a forward that was written with them
 
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(OLD_NAMES.get(name, name))
+    @property
+    def _input_quantizer(self) -> Any:
+        # not as an attribute: the tutorial's modules have a property of that name, which reads this one
+        return nn.Module.__getattr__(self, "input_quantizer")
+
+    @property
+    def _weight_quantizer(self) -> Any:
+        return nn.Module.__getattr__(self, "weight_quantizer")
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(OLD_NAMES.get(name, name), value)

@@ -12,9 +12,10 @@ from lq.functional.amax import Axis, amax_shape, compute_amax
 from lq.functional.blocks import block_axis, split_blocks
 from lq.functional.checks import check_broadcast, check_not_negative, check_values
 from lq.functional.fake_quant import fake_quant, quantize, straight_through
-from lq.functional.grid import Bits, scale_from_amax
+from lq.functional.grid import scale_from_amax
 from lq.nn.clip import Clip
 from lq.nn.describe import describe
+from lq.nn.described import Described
 from lq.nn.switches import Switches
 
 BUFFERS = ("_amax", "_pre_quant_scale")
@@ -34,7 +35,7 @@ def _kept_axis(desc: QuantDescriptor) -> Axis:
     return desc.axis if desc.block_size is None else block_axis(desc.axis)
 
 
-class TensorQuantizer(Switches, nn.Module):
+class TensorQuantizer(Switches, Described, nn.Module):
     """Quantizes a tensor as its descriptor says; collects statistics while calibration is enabled.
 
     ``amax`` and ``pre_quant_scale`` are buffers that stay float32 on every cast of the module, are ``None`` until set, and
@@ -173,7 +174,8 @@ class TensorQuantizer(Switches, nn.Module):
     @property
     def clipping(self) -> Tensor | None:
         """Where values are clipped: ``amax``, times the descriptor's ``scale_amax`` unless it is learned."""
-        return None if self.amax is None else self._scaled(self.amax)
+        amax = self.amax
+        return None if amax is None else self._scaled(amax)
 
     @property
     def frozen(self) -> bool:
@@ -198,7 +200,8 @@ class TensorQuantizer(Switches, nn.Module):
     @property
     def scale(self) -> Tensor | None:
         """``clipping / qmax``: real units per step; ``None`` while there is no amax."""
-        return None if self.clipping is None else scale_from_amax(self.clipping, self.num_bits, self.unsigned)
+        clipping = self.clipping
+        return None if clipping is None else scale_from_amax(clipping, self.num_bits, self.unsigned)
 
     step_size = scale
 
@@ -217,46 +220,14 @@ class TensorQuantizer(Switches, nn.Module):
         self.calibrator.num_bits, self.calibrator.unsigned = value.num_bits, value.unsigned
 
     @property
-    def axis(self) -> int | tuple[int, ...] | None:
-        """Dimensions with an amax of their own."""
-        return self.quant_desc.axis
-
-    @property
-    def num_bits(self) -> Bits:
-        """Width of the integer, or the float format. Can be set."""
-        return self.quant_desc.num_bits
-
-    @num_bits.setter
-    def num_bits(self, value: Bits) -> None:
-        self.quant_desc = self.quant_desc.replace(num_bits=value)
-
-    @property
-    def unsigned(self) -> bool:
-        """Whether codes start at 0. Can be set."""
-        return self.quant_desc.unsigned
-
-    @unsigned.setter
-    def unsigned(self, value: bool) -> None:
-        self.quant_desc = self.quant_desc.replace(unsigned=value)
-
-    @property
-    def narrow_range(self) -> bool:
-        """Whether signed codes leave out the most negative one. Can be set."""
-        return self.quant_desc.narrow_range
-
-    @narrow_range.setter
-    def narrow_range(self, value: bool) -> None:
-        self.quant_desc = self.quant_desc.replace(narrow_range=value)
-
-    @property
-    def fake_quant(self) -> bool:
-        """Whether outputs are real values on the grid (else integer codes)."""
-        return self.quant_desc.fake_quant
-
-    @property
     def active(self) -> bool:
         """Whether the next forward would quantize."""
-        return not self._disabled and self._if_quant and (self.dynamic or self.amax is not None)
+        return not self._disabled and self._if_quant and (self.dynamic or self._has_amax)
+
+    @property
+    def _has_amax(self) -> bool:
+        # asked several times in a forward, so it computes nothing
+        return self._amax is not None or self.clip is not None
 
     @property
     def idle(self) -> bool:
@@ -319,7 +290,7 @@ class TensorQuantizer(Switches, nn.Module):
     def _process(self, inputs: Tensor) -> Tensor:
         if self._if_calib:
             self.calibrator.collect(inputs)
-        quantizes = self._if_quant and (self.dynamic or self.amax is not None)
+        quantizes = self.active
         if not self._fits and (quantizes or self._if_clip):
             self._fit(inputs)
         if self.clip is not None and (self._if_clip or self._if_quant):
@@ -348,7 +319,7 @@ class TensorQuantizer(Switches, nn.Module):
         looking = not torch.compiler.is_compiling()
         if self.unsigned and looking:
             check_not_negative(inputs)
-        if self.amax is None:
+        if not self._has_amax:
             return
         shape = amax_shape(inputs, _kept_axis(self.quant_desc))
         for amax in self._ranges():
@@ -376,25 +347,32 @@ class TensorQuantizer(Switches, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.quant_desc.amax is not None:  # given, so a float checkpoint need not have it
+        ranges = (f"{prefix}_amax", f"{prefix}clip.")
+        if self.quant_desc.amax is not None and not any(key.startswith(ranges) for key in state_dict):
+            # given, so a float checkpoint need not have it
             for name, value in self.state_dict(prefix=prefix).items():
                 state_dict.setdefault(name, value)
         if self.quant_desc.learn_amax and f"{prefix}clip.clip_value_max" in state_dict:
             # pytorch-quantization has the fixed amax beside the learned one, and two sides where only one is used
             for name in ("_amax", *["clip.clip_value_min"] * self.unsigned):
                 state_dict.pop(prefix + name, None)
+        self._load_clip(state_dict, prefix, unexpected_keys=args[3])
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
                 if name == "_amax" and not bool(((value >= 0) & value.isfinite()).all()):
                     # pytorch-quantization saves NaN for layers that saw no data
                     args[4].append(f"`{prefix}_amax` is negative or not finite: calibrate this layer, or delete the key.")
                 setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
-        self._load_clip(state_dict, f"{prefix}clip.", unexpected_keys=args[3])
         self._fits = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _load_clip(self, state_dict: dict[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
-        keys = [key for key in state_dict if key.startswith(prefix)]
+        keys = [key for key in state_dict if key.startswith(f"{prefix}clip.")]
+        if not keys and self.clip is not None and f"{prefix}_amax" in state_dict:
+            # saved before it was learned: where learning starts
+            amax = state_dict.pop(f"{prefix}_amax")
+            sides = {"max": amax} if self.unsigned else {"min": -amax, "max": amax}
+            state_dict |= {f"{prefix}clip.clip_value_{side}": value for side, value in sides.items()}
         if not self.quant_desc.learn_amax:
             unexpected_keys += keys
         elif keys and self.clip is None:

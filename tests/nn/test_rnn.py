@@ -444,9 +444,9 @@ def test_it_is_exported_to_onnx_for_any_batch(calibrated, tmp_path):
 def test_under_autocast_all_results_have_the_dtype_that_torchs_have():
     x = torch.randn(4, 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        results = [lstm(x) for lstm in (torch.nn.LSTM(3, 5), QuantLSTM(3, 5))]
-    for (output, (h, c)), _ in zip(results, results, strict=True):
-        assert output.dtype == h.dtype == c.dtype == torch.bfloat16
+        (output, (h, c)), (expected, states) = (lstm(x) for lstm in (QuantLSTM(3, 5), torch.nn.LSTM(3, 5)))
+    assert output.dtype == expected.dtype == torch.bfloat16
+    assert [h.dtype, c.dtype] == [state.dtype for state in states]
 
 
 def test_a_sequence_of_no_steps_is_refused_as_by_torch():

@@ -290,6 +290,13 @@ def test_frozen_a_range_is_not_learned():
     assert all(p.requires_grad for p in quantizer.parameters())
 
 
+@pytest.mark.parametrize(("unsigned", "low"), [(False, -1.75), (True, 0)])
+def test_learning_starts_from_an_amax_that_was_saved_before_it_was_learned(unsigned, low):
+    target = learning(unsigned=unsigned)
+    target.load_state_dict({"_amax": torch.tensor(1.75)}, strict=True)
+    assert (target.clip.clip_value_min, target.clip.clip_value_max) == (low, 1.75)
+
+
 def test_a_learned_range_travels_in_the_state_dict():
     source = learning()
     with torch.no_grad():
