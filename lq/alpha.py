@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from lq.descriptor import QuantDescriptor
-from lq.nn.quant_module import QuantInputMixin, QuantMixin, scale_input_channels_
+from lq.nn.input_channels import channel_dim, input_weight, input_weight_name, is_transposed_linear, scale_input_channels_
+from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
-from lq.producers import channel_dim
 
 # A number in [0, 1]; numbers by patterns on names of layers, the last match wins; or "auto".
 Alpha = float | str | Mapping[str, float]
 AUTO = "auto"
 # What "auto" tries.
 GRID = tuple(i / 20 for i in range(21))
+# The share of the error that has to be gone for "auto" to insert a multiply, which costs time in every run.
+WORTH = 0.2
 # Values of a layer's inputs that are kept for it, and from how many batches.
 VALUES, BATCHES = 2**17, 4
 
@@ -55,9 +57,26 @@ def alphas_by_name(alpha: Mapping[str, float], groups: Sequence[Sequence[str]]) 
     return found
 
 
+def best_alpha(errors: Tensor, folded: bool) -> float | None:
+    """What ``"auto"`` chooses: the alpha with the least error; ``None`` where doing nothing has less, or nearly as little.
+
+    Args:
+        errors: for each of :data:`GRID`, and without factors, ``(len(GRID) + 1,)``.
+        folded: the factors cost nothing; else a multiply has to be worth it.
+
+    >>> errors = torch.full((22,), 1.0)
+    >>> errors[7] = 0.9
+    >>> best_alpha(errors, folded=True), best_alpha(errors, folded=False)
+    (0.35, None)
+    """
+    least = errors[:-1].min()
+    gains = least < errors[-1] if folded else least <= (1 - WORTH) * errors[-1]
+    return GRID[int(errors[:-1].argmin())] if gains else None
+
+
 def sample(module: nn.Module, x: Tensor) -> Tensor:
     """A few of a layer's inputs: rows from all over the batch of a linear layer, the first images of a convolution."""
-    if isinstance(module, nn.Linear):
+    if channel_dim(module, x.dim()) == x.dim() - 1:
         rows = x.reshape(-1, x.shape[-1])
         step = -(-len(rows) * x.shape[-1] * BATCHES // VALUES)
         return rows[:: max(1, step)].detach().clone()
@@ -66,46 +85,51 @@ def sample(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def output_errors(module: nn.Module, inputs: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
-    """Squared error at a layer's output, relative to the output, for each candidate: float64 ``(len(candidates),)``.
+    """Squared error where a layer's input meets its weight, relative to what comes out: float64 ``(len(candidates),)``.
 
     Input and weight are quantized as the layer's descriptors say, or else to 8 bits per tensor and per output channel, with the
     ranges that they have.
 
     Args:
-        module: a linear layer or convolution whose quantizers do nothing at present.
+        module: a linear layer, a convolution, or the projections of attention, whose quantizers do nothing at present.
         inputs: samples of its input.
         candidates: factors of the input channels, ``(channels,)`` each.
     """
     quantize_input, quantize_weight = _quantizers(module)
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    before, errors = weight.data, []
-    outputs = [module(x) for x in inputs]
+    weight = input_weight(module).detach()
+    outputs = [_output(module, x, weight) for x in inputs]
     energy = sum(float(y.double().square().sum()) for y in outputs) or 1.0
-    try:
-        for factors in candidates:
-            factors = factors.to(before)
-            weight.data = before.clone()
-            scale_input_channels_(module, factors)
-            weight.data = quantize_weight(weight.data)
-            error = 0.0
-            for x, y in zip(inputs, outputs, strict=True):
-                shape = [-1 if i == channel_dim(module, x.dim()) % x.dim() else 1 for i in range(x.dim())]
-                noisy = module(quantize_input(x / factors.reshape(shape)))
-                error += float((noisy.double() - y.double()).square().sum())
-            errors.append(error / energy)
-    finally:
-        weight.data = before
+    errors = []
+    for factors in candidates:
+        factors = factors.to(weight)
+        scaled = weight.clone()
+        scale_input_channels_(module, factors, scaled)
+        scaled = quantize_weight(scaled.mT).mT if is_transposed_linear(module) else quantize_weight(scaled)
+        error = 0.0
+        for x, y in zip(inputs, outputs, strict=True):
+            shape = [-1 if i == channel_dim(module, x.dim()) % x.dim() else 1 for i in range(x.dim())]
+            noisy = _output(module, quantize_input(x / factors.reshape(shape)), scaled)
+            error += float((noisy.double() - y.double()).square().sum())
+        errors.append(error / energy)
     return torch.tensor(errors, dtype=torch.float64)
+
+
+def _output(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a layer makes of its input with another weight; of attention, what its projections make."""
+    if isinstance(module, nn.MultiheadAttention):
+        return nn.functional.linear(x, weight, module.in_proj_bias)
+    y: Tensor = torch.func.functional_call(module, {"weight": weight}, (x,))
+    return y
 
 
 def _quantizers(module: nn.Module) -> tuple[TensorQuantizer, TensorQuantizer]:
     """Quantizers without an amax, which take that of what they are given."""
-    desc_input, desc_weight = QuantDescriptor(), QuantDescriptor(axis=0)
-    if isinstance(module, QuantInputMixin):
-        desc_input = module.input_quantizer.quant_desc
-    if isinstance(module, QuantMixin):
-        desc_weight = module.weight_quantizer.quant_desc
-    made = (TensorQuantizer(desc.replace(amax=None, learn_amax=False, fake_quant=True)) for desc in (desc_input, desc_weight))
-    quantize_input, quantize_weight = made
+    present = module.quantizers() if isinstance(module, QuantModule) else {}
+    descs = (
+        present[role].quant_desc if role in present else default
+        for role, default in (("input", QuantDescriptor()), (input_weight_name(module), QuantDescriptor(axis=0)))
+    )
+    quantize_input, quantize_weight = (
+        TensorQuantizer(desc.replace(amax=None, learn_amax=False, fake_quant=True)) for desc in descs
+    )
     return quantize_input, quantize_weight

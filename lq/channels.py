@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lq.graph import Call, Flow, Value, tensors_in
+from lq.nn.input_channels import channel_dim
 
 # What a positive factor on a channel passes through, value by value: f(s x) = s f(x).
 SAME_MODULES: tuple[type[nn.Module], ...] = (
@@ -64,15 +65,14 @@ class Use:
     free: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
 
 
-def follow(flow: Flow, value: int, dim: int, channel_dim: Callable[[nn.Module, int], int | None]) -> Use:
+def follow(flow: Flow, value: int, dim: int, layer_of: Callable[[Call], nn.Module | None]) -> Use:
     """Follow the channels of ``value`` along its dimension ``dim`` to layers.
 
     Args:
         flow: a recorded run.
         value: number of the tensor.
         dim: dimension of its channels.
-        channel_dim: of a module and the dimensions of its input, the dimension of its input channels; ``None`` for a module that
-            is no layer, or one that must not change.
+        layer_of: the layer whose input meets its weight in a call; ``None`` if that is no layer's, or one's that must not change.
     """
     shape = flow.shape[value]
     channels = shape[dim]
@@ -82,9 +82,10 @@ def follow(flow: Flow, value: int, dim: int, channel_dim: Callable[[nn.Module, i
         taken = [v for v in call.inputs if v in carried]
         if not taken:
             continue
-        index = _index(flow, call, carried, channel_dim)
-        if index is not None:
-            use.layers.append((call.target, index))  # type: ignore[arg-type]
+        layer = layer_of(call)
+        index = None if layer is None or taken != [call.inputs[0]] else _along(carried[taken[0]], layer)
+        if layer is not None and index is not None:
+            use.layers.append((layer, index))
         else:
             passing, handed = _handed_on(flow, call, carried)
             _block(use, [carried[v] for v in taken if v not in passing])
@@ -100,19 +101,9 @@ def _block(use: Use, carried: list[Tensor]) -> None:
         use.free[seen[seen >= 0]] = False
 
 
-def _index(
-    flow: Flow, call: Call, carried: dict[int, Tensor], channel_dim: Callable[[nn.Module, int], int | None]
-) -> Tensor | None:
-    """Numbers of a layer's input channels, if ``call`` is one of a layer and each of its channels has one number."""
-    if isinstance(call.target, str) or len(call.inputs) != 1 or len(flow.calls_of(call.target)) != 1:
-        return None
-    numbers = carried[call.inputs[0]]
-    dim = channel_dim(call.target, numbers.dim())
-    return None if dim is None else _along(numbers, dim)
-
-
-def _along(numbers: Tensor, dim: int) -> Tensor | None:
-    """Numbers along ``dim``, if they are the same everywhere else."""
+def _along(numbers: Tensor, layer: nn.Module) -> Tensor | None:
+    """Numbers of a layer's input channels, if each channel has one."""
+    dim = channel_dim(layer, numbers.dim())
     rows = numbers.movedim(dim, -1).flatten(0, -2) if numbers.dim() > 1 else numbers.unsqueeze(0)
     if not rows.numel() or not bool((rows == rows[:1]).all()):
         return None

@@ -5,7 +5,7 @@ is followed by its identity, and an operation in place makes a new value of it.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lq.nn.evaluating import evaluating
-from lq.nn.quant_module import QuantModule
+from lq.nn.quant_module import QUANT_MODULES, QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 # Functions and properties that look at a tensor's form and not at its values.
@@ -58,6 +58,7 @@ class Call:
         outputs: values that it returned.
         function: the function itself.
         arguments: positional and keyword arguments of the function, with a :class:`Value` for each tensor.
+        owner: the module whose ``forward`` calls the function; ``None`` outside of the model.
     """
 
     target: nn.Module | str
@@ -65,6 +66,7 @@ class Call:
     outputs: tuple[int, ...]
     function: Any = None
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    owner: nn.Module | None = None
 
 
 @dataclass
@@ -110,6 +112,7 @@ class _Tracer(TorchFunctionMode):
         self.flow = flow
         self.values = WeakIdKeyDictionary()
         self.inside = 0
+        self.owners: list[nn.Module] = []
 
     def value(self, tensor: Tensor) -> int:
         if tensor not in self.values:
@@ -128,7 +131,8 @@ class _Tracer(TorchFunctionMode):
         for tensor in outputs:
             # also for a tensor that was changed in place: from here on it is another value
             self.values[tensor] = self._new(tensor)
-        self.flow.calls.append(Call(target, taken, tuple(self.value(t) for t in outputs), function, arguments))
+        owner = self.owners[-1] if self.owners else None
+        self.flow.calls.append(Call(target, taken, tuple(self.value(t) for t in outputs), function, arguments, owner))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -144,7 +148,21 @@ class _Tracer(TorchFunctionMode):
             self.record(name, taken, output, func, arguments)
         return output
 
+    def enter(self, module: nn.Module) -> list[RemovableHandle]:
+        """Know what is called by the code of ``module``."""
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            # where an error was caught by the model's code, modules inside were never left
+            while self.owners.pop() is not module:
+                pass
+
+        return [
+            module.register_forward_pre_hook(lambda module, args: self.owners.append(module)),
+            module.register_forward_hook(leave),
+        ]
+
     def attach(self, leaf: nn.Module) -> list[RemovableHandle]:
+        """Record the calls of ``leaf``."""
         taken: list[tuple[int, ...]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -176,12 +194,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is looked at from outside: one of torch's or of ours, without children but quantizers.
+    """Whether a module is looked at from outside: one of torch's, of ours or registered, without children but quantizers.
 
     Into modules of other origin the tracer looks, so that a norm that is written by hand is what it computes.
     """
-    ours = type(module).__module__.startswith("torch.") or isinstance(module, QuantModule)
-    return ours and all(isinstance(child, TensorQuantizer) for child in module.children())
+    known = type(module).__module__.startswith("torch.") or type(module) in QUANT_MODULES or isinstance(module, QuantModule)
+    return known and all(isinstance(child, TensorQuantizer) for child in module.children())
 
 
 @contextmanager
@@ -202,16 +220,22 @@ def tracing(model: nn.Module) -> Iterator[Flow]:
         if not tracer.inside:
             flow.returned.update(tracer.value(t) for t in tensors_in(output))
 
-    leaves = [m for m in model.modules() if is_leaf(m) and not isinstance(m, TensorQuantizer)]
+    modules = [m for m in model.modules() if not isinstance(m, TensorQuantizer)]
     try:
-        for leaf in leaves:
-            handles += tracer.attach(leaf)
+        for module in modules:
+            handles += tracer.attach(module) if is_leaf(module) else tracer.enter(module)
         handles.append(model.register_forward_hook(leave))
         with tracer:
             yield flow
     finally:
         for handle in handles:
             handle.remove()
+
+
+def untraced() -> AbstractContextManager[None]:
+    """What runs in the block is not recorded: for hooks, which are no part of the model."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
 
 
 def trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Flow:

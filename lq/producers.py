@@ -1,4 +1,4 @@
-"""What can take in a factor on each channel that it gives: norms, linear layers and convolutions, and norms written by hand."""
+"""What can take in a factor on each channel that it gives: norms, linear layers and convolutions, as modules or functions."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,13 @@ from torch import Tensor, nn
 
 from lq.channels import PRODUCTS
 from lq.graph import Call, Flow, Value
-from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, QuantModule
+from lq.nn.input_channels import channel_dim, is_layer, is_transposed
+from lq.nn.quant_module import QuantModule
 
 NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # The dimension of their channels, and the place of their weight among positional arguments; the bias comes next.
-NORM_FUNCTIONS = {"layer_norm": (-1, 2), "rms_norm": (-1, 2), "group_norm": (1, 2), "batch_norm": (1, 3)}
-
-LAYERS: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+FUNCTIONS = {"layer_norm": (-1, 2), "rms_norm": (-1, 2), "group_norm": (1, 2), "batch_norm": (1, 3), "linear": (-1, 1)}
+NO_BIAS = frozenset({"rms_norm"})
 
 
 @dataclass(frozen=True)
@@ -25,12 +22,12 @@ class Producer:
     Attributes:
         dim: dimension of the channels in what it gives.
         parameters: those that a factor divides, each with the dimension of its channels.
-        module: the norm or layer; ``None`` where code outside of modules of torch computes.
+        module: the norm or layer, or the module whose code computes it.
     """
 
     dim: int
     parameters: tuple[tuple[nn.Parameter, int], ...]
-    module: nn.Module | None = None
+    module: nn.Module
 
 
 def producer_of(flow: Flow, call: Call, tied: set[int]) -> Producer | None:
@@ -50,6 +47,8 @@ def producer_of(flow: Flow, call: Call, tied: set[int]) -> Producer | None:
         alone, used = True, tied | {id(p) for v, p in flow.parameters.items() if len(flow.consumers(v)) > 1}
     if producer is None or not alone or any(id(p) in used for p, _ in producer.parameters):
         return None
+    if isinstance(producer.module, QuantModule) and any(q.fixed for q in producer.module.quantizers().values()):
+        return None
     return producer
 
 
@@ -63,10 +62,10 @@ def _norm(module: nn.Module) -> Producer | None:
 
 
 def _layer(flow: Flow, module: nn.Module) -> Producer | None:
-    if not is_layer(module) or (isinstance(module, QuantModule) and any(q.fixed for q in module.quantizers().values())):
+    if not is_layer(module):
         return None
-    transposed = bool(getattr(module, "transposed", False))
-    if transposed and module.groups != 1:
+    transposed = is_transposed(module)
+    if transposed and getattr(module, "groups", 1) != 1:
         return None  # its rows belong to a group each
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     assert weight is not None
@@ -76,14 +75,14 @@ def _layer(flow: Flow, module: nn.Module) -> Producer | None:
 
 
 def _function(flow: Flow, call: Call) -> Producer | None:
-    """A norm's function with parameters, or a product with a vector over the last dimension."""
-    if call.arguments is None:
+    """A function of a norm or linear layer with parameters, or a product with a vector over the last dimension."""
+    if call.arguments is None or call.owner is None:
         return None
     args, kwargs = call.arguments
-    if call.target in NORM_FUNCTIONS:
-        dim, place = NORM_FUNCTIONS[str(call.target)]
+    if call.target in FUNCTIONS:
+        dim, place = FUNCTIONS[str(call.target)]
         weight = kwargs.get("weight", args[place] if len(args) > place else None)
-        bias = kwargs.get("bias", args[place + 1] if len(args) > place + 1 and call.target != "rms_norm" else None)
+        bias = kwargs.get("bias", args[place + 1] if len(args) > place + 1 and call.target not in NO_BIAS else None)
     elif call.target in PRODUCTS and len(args) == 2:
         dim, bias = -1, None
         weight = next((a for a in args if isinstance(a, Value) and a.number in flow.parameters), None)
@@ -91,23 +90,10 @@ def _function(flow: Flow, call: Call) -> Producer | None:
         return None
     given = [v for v in (weight, bias) if isinstance(v, Value)]
     parameters = [flow.parameters.get(v.number) for v in given]
-    if weight is None or any(p is None or p.dim() != 1 for p in parameters):
+    rows = 2 if call.target == "linear" else 1
+    if weight is None or any(p is None or p.dim() != n for p, n in zip(parameters, (rows, 1), strict=False)):
         return None
-    return Producer(dim, tuple((p, 0) for p in parameters if p is not None))
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module has input channels that weights meet: a linear layer or a convolution, quantized or not.
-
-    Not with a weight that is computed (pruning, weight_norm): a factor on it would be gone with the next forward.
-    """
-    known = type(module) in QUANT_MODULES or isinstance(module, QuantInputMixin)
-    return known and isinstance(module, LAYERS) and module._parameters.get("weight") is not None
-
-
-def channel_dim(module: nn.Module, ndim: int) -> int:
-    """Dimension of a layer's channels, in and out: the last one of linear layers, the one before the kernel's of convolutions."""
-    return ndim - 1 - len(getattr(module, "kernel_size", ()))
+    return Producer(dim, tuple((p, 0) for p in parameters if p is not None), call.owner)
 
 
 def divide_(parameters: tuple[tuple[nn.Parameter, int], ...], factors: Tensor) -> None:

@@ -12,16 +12,13 @@ from lq.descriptor import QuantRule, Rules, resolve_rules
 from lq.float_operations import FloatOperation as FloatOperation
 from lq.float_operations import float_operations as float_operations
 from lq.functional.blocks import split_blocks
-from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantModule, float_class_of, is_quantizable, to_float_, to_quantized_
+from lq.nn.convert import float_class_of, is_quantizable, to_float_, to_quantized_
+from lq.nn.elsewhere import register_known
+from lq.nn.fast_paths import leave_fast_paths_, take_fast_paths_
+from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 M = TypeVar("M", bound=nn.Module)
-
-# Classes of torch with a fused path of their own in evaluation, the attribute that allows it, and the value that does not.
-FAST_PATHS = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -84,6 +81,7 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
     """
     if has_quantized_layers(model):
         raise ValueError("The model has quantized layers already: call `lq.dequantize_` before placing others.")
+    register_known(model)
     targets = {name: m for name, m in model.named_modules() if is_quantizable(m)}
     if not targets:
         raise ValueError(
@@ -100,7 +98,7 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
                 quantizer.dynamic = False
     if not is_quantized(model):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
-    _leave_fast_path_(model)
+    leave_fast_paths_(model)
     return model
 
 
@@ -133,30 +131,12 @@ def _matches(rule: QuantRule, name: str, kind: type[nn.Module]) -> bool:
     return rule.pattern == name or kind not in ON_REQUEST if rule.types is None else kind.__name__ in rule.types
 
 
-def _leave_fast_path_(model: nn.Module) -> None:
-    """In evaluation torch's fused encoder reads the weights of its linear layers and never calls them: not if quantized."""
-    for module in list(model.modules()):
-        if type(module) is nn.MultiheadAttention and is_quantized(module):
-            to_quantized_(module)  # in float it reads the weight of its `out_proj` and never calls it
-        for kind, switch, off in FAST_PATHS:
-            if isinstance(module, kind) and is_quantized(module):
-                vars(module).setdefault(f"_float_{switch}", getattr(module, switch))
-                setattr(module, switch, off)
-
-
-def _take_fast_path_(model: nn.Module) -> None:
-    for module in model.modules():
-        for _, switch, _ in FAST_PATHS:
-            if f"_float_{switch}" in vars(module):
-                setattr(module, switch, vars(module).pop(f"_float_{switch}"))
-
-
 def dequantize_(model: M) -> M:
     """Take all quantizers out again, in place. Weights are as trained; inserted SmoothQuant factors go back into them."""
     for module in list(model.modules()):
         if type(module) in QUANT_MODULES.values():
             to_float_(module)
-    _take_fast_path_(model)
+    take_fast_paths_(model)
     return model
 
 

@@ -102,12 +102,12 @@ def test_left_over_keywords_are_refused_by_name():
 
 def test_registered_the_tutorials_module_is_placed_by_quantize(monkeypatch):
     import lq
-    from lq.nn import quant_module
+    from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES
 
-    monkeypatch.setattr(quant_module, "QUANT_MODULES", table := dict(quant_module.QUANT_MODULES))
-    monkeypatch.setattr("lq.surgery.QUANT_MODULES", table)
-    monkeypatch.setattr(quant_module, "ON_REQUEST", rare := set(quant_module.ON_REQUEST))
-    monkeypatch.setattr("lq.surgery.ON_REQUEST", rare)
+    monkeypatch.setitem(QUANT_MODULES, nn.MaxPool2d, QUANT_MODULES[nn.MaxPool2d])  # ours again after the test
+    rare = set(ON_REQUEST)
+    for module in ("lq.nn.quant_module", "lq.surgery"):
+        monkeypatch.setattr(f"{module}.ON_REQUEST", rare)
     lq.nn.register(nn.MaxPool2d)(TutorialMaxPool2d)
     model = lq.quantize_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)))
     assert type(model[1]) is TutorialMaxPool2d

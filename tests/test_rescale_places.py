@@ -221,7 +221,9 @@ def check(model, x, alpha=0.5, tolerance=1e-12):
 def test_factors_go_where_they_fit_and_the_output_stays(name, alpha):
     make, data, expected = CASES[name]
     found = check(spread(make()), data(), alpha)
-    if expected is not None:
+    if expected is not None and alpha == "auto":  # factors may not be worth it
+        assert found.items() <= expected.items()
+    elif expected is not None:
         assert found == expected
 
 

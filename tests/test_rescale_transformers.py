@@ -27,6 +27,7 @@ def make(kind, **config):
 CASES = {
     "vit": (lambda: make("ViT", **SIZES, image_size=32, patch_size=8), IMAGES, (6, 10)),
     "bert": (lambda: make("Bert", vocab_size=100, **SIZES), IDS, (2, 9)),
+    "gpt2": (lambda: make("GPT2", vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=16), IDS, (6, 8)),
     "llama": (lambda: make("Llama", vocab_size=100, num_key_value_heads=2, **SIZES), IDS, (8, 8)),
     "t5": (
         lambda: make(

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lq.descriptor import QuantDescriptor
+from lq.nn.convert import to_quantized_
 from lq.nn.linear import QuantLinear
-from lq.nn.quant_module import QuantModule, register, to_quantized_
+from lq.nn.quant_module import QuantInputMixin, QuantModule, register
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 
@@ -19,7 +20,7 @@ class QuantOutProjection(QuantLinear, NonDynamicallyQuantizableLinear):
 
 
 @register(nn.MultiheadAttention)
-class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
+class QuantMultiheadAttention(QuantInputMixin, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with quantized inputs, projections, and operands of both products.
 
     Per head, ``softmax(Q(q) Q(k)^T / sqrt(d))`` is quantized too (before dropout, so that it has one range in training and in
@@ -32,7 +33,9 @@ class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
     (['input', 'q', 'k', 'v', 'probs', 'in_proj_weight'], ['input', 'weight'])
     """
 
-    input_quantizer: TensorQuantizer
+    quant_desc_keywords = QuantModule.quant_desc_keywords
+    input_weight = "in_proj_weight"
+
     q_quantizer: TensorQuantizer
     k_quantizer: TensorQuantizer
     v_quantizer: TensorQuantizer

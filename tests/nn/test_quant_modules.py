@@ -22,7 +22,8 @@ from lq.nn import (
     TensorQuantizer,
     register,
 )
-from lq.nn.quant_module import is_quantizable, scale_input_channels_, to_float_, to_quantized_
+from lq.nn.convert import is_quantizable, to_float_, to_quantized_
+from lq.nn.input_channels import scale_input_channels_
 from lq.surgery import named_quantizers, quantize_
 
 # float class, its arguments, shape of its input, further arguments of forward

@@ -1,0 +1,113 @@
+"""The input channels of linear layers, convolutions and attention, and the weights that meet them."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.nn.elsewhere import QuantTransposedLinear
+from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, QuantModule
+
+LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.MultiheadAttention, QuantTransposedLinear),
+)
+
+
+def _kind(module: nn.Module) -> Any:
+    """The quantized class that a module has, or would have."""
+    return QUANT_MODULES.get(type(module), type(module))
+
+
+def has_input_channels(module: nn.Module) -> bool:
+    """Whether a module is of a class whose input channels meet weights, quantized or not."""
+    return issubclass(_kind(module), LAYERS)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has input channels, and holds the weights that meet them.
+
+    Not with a weight that is computed (pruning, weight_norm): a factor on it would be gone with the next forward. Nor attention
+    whose keys and values have another width than its queries: it has a weight for each.
+    """
+    known = issubclass(_kind(module), QuantInputMixin) and has_input_channels(module)
+    return known and module._parameters.get(_kind(module).input_weight) is not None
+
+
+def input_weight_name(module: nn.Module) -> str:
+    """Name of the weight that meets a layer's input, and role of its quantizer."""
+    name: str = _kind(module).input_weight
+    return name
+
+
+def input_weight(module: nn.Module) -> nn.Parameter:
+    """The weight that meets a layer's input."""
+    weight = module._parameters[input_weight_name(module)]
+    assert weight is not None
+    return weight
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with its weight as ``(inputs, outputs)``."""
+    return issubclass(_kind(module), QuantTransposedLinear)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer's weight has its inputs before its outputs."""
+    return is_transposed_linear(module) or bool(getattr(module, "transposed", False))
+
+
+def channel_dim(module: nn.Module, ndim: int) -> int:
+    """Dimension of a layer's channels, in and out: the last one of linear layers, the one before the kernel's of convolutions."""
+    return ndim - 1 - len(getattr(module, "kernel_size", ()))
+
+
+def inputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The distinct tensors with input channels among the arguments of a layer: one, or those of attention."""
+    count = 3 if isinstance(module, nn.MultiheadAttention) else 1
+    if len(args) < count:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        args = tuple(bound.arguments.values())
+    return list({id(x): x for x in args[:count]}.values())
+
+
+def input_channel_view(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """A layer's weight, or another in its place, as a view ``(groups, outputs, input channels of a group, kernel)``."""
+    weight = input_weight(module).detach() if weight is None else weight
+    groups = getattr(module, "groups", 1)
+    assert isinstance(groups, int)
+    view = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return view.transpose(1, 2) if is_transposed(module) else view
+
+
+def input_channels(module: nn.Module) -> int:
+    """How many input channels a layer has."""
+    groups, _, channels, _ = input_channel_view(module).shape
+    return groups * channels
+
+
+def input_channel_amax(module: nn.Module) -> Tensor:
+    """Largest magnitude of the weights that meet each input channel, ``(channels,)``."""
+    return input_channel_view(module).abs().amax(dim=(1, 3)).flatten()
+
+
+@torch.no_grad()
+def scale_input_channels_(module: nn.Module, factors: Tensor, weight: Tensor | None = None) -> None:
+    """Multiply what meets each input channel by its factor, ``(channels,)``, in a layer's weight or ``weight``, in place."""
+    view = input_channel_view(module, weight)
+    view *= factors.to(view.dtype).reshape(view.shape[0], 1, -1, 1)
+
+
+def earlier_factor(module: nn.Module) -> Tensor | None:
+    """The factor that a layer's input is multiplied by already, ``(channels,)``; ``None`` for none."""
+    factor = module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
+    return None if factor is None else factor.flatten()
+
+
+def forget_amax_(module: nn.Module) -> None:
+    """Drop the amax of a module's quantizers: what they see has changed."""
+    if isinstance(module, QuantModule):
+        for quantizer in module.quantizers().values():
+            quantizer.amax = None
