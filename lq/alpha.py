@@ -1,12 +1,16 @@
 """SmoothQuant's migration strength: given, given by name, or the one with the least error at the layers' outputs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from lq.calib import gather
 from lq.descriptor import QuantDescriptor
+from lq.functional.smooth import smooth_factors
+from lq.groups import Group, spread
 from lq.nn.input_channels import channel_dim, input_weight, input_weight_name, is_transposed_linear, scale_input_channels_
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
@@ -14,8 +18,8 @@ from lq.nn.tensor_quantizer import TensorQuantizer
 # A number in [0, 1]; numbers by patterns on names of layers, the last match wins; or "auto".
 Alpha = float | str | Mapping[str, float]
 AUTO = "auto"
-# What "auto" tries.
-GRID = tuple(i / 20 for i in range(21))
+# What "auto" tries, and where it starts.
+GRID, START = tuple(i / 20 for i in range(21)), 0.5
 # The share of the error that has to be gone for "auto" to insert a multiply, which costs time in every run.
 WORTH = 0.2
 # Values of a layer's inputs that are kept for it, and from how many batches.
@@ -84,18 +88,65 @@ def sample(module: nn.Module, x: Tensor) -> Tensor:
     return x[:kept].detach().clone()
 
 
-def output_errors(module: nn.Module, inputs: Sequence[Tensor], candidates: Sequence[Tensor]) -> Tensor:
+def search_alphas(
+    groups: Sequence[Group], input_amax: Mapping[nn.Module, Tensor], samples: Mapping[nn.Module, Sequence[Tensor]]
+) -> list[float | None]:
+    """What ``"auto"`` finds for each group, with the samples of all ranks; ``None`` for one that is better left.
+
+    A layer whose channels belong to several groups is looked at with the factors that the others have, so those have two turns.
+    """
+    ranges = [group.ranges(input_amax) for group in groups]
+    present = {module: torch.ones_like(input_amax[module]) for group in groups for module, _ in group.layers}
+    for group, found in zip(groups, ranges, strict=True):
+        _put(present, group, smooth_factors(*found, START))
+    chosen: list[float | None] = [START] * len(groups)
+    owners = Counter(module for group in groups for module, _ in group.layers)
+    for turn in range(2):
+        for i, group in enumerate(groups):
+            if turn == 0 or any(owners[module] > 1 for module, _ in group.layers):
+                candidates = [*(smooth_factors(*ranges[i], alpha) for alpha in GRID), torch.ones_like(ranges[i][0])]
+                errors = _group_errors(group, candidates, present, input_amax, samples)
+                # the ranks saw other samples, and must choose the same
+                chosen[i] = best_alpha(torch.stack(gather(errors)).sum(dim=0), folded=group.producer is not None)
+                _put(present, group, candidates[-1 if (best := chosen[i]) is None else GRID.index(best)])
+    return chosen
+
+
+def _put(present: dict[nn.Module, Tensor], group: Group, factors: Tensor) -> None:
+    for module, index in group.layers:
+        present[module] = spread(factors, index, present[module])
+
+
+def _group_errors(
+    group: Group,
+    candidates: Sequence[Tensor],
+    present: Mapping[nn.Module, Tensor],
+    input_amax: Mapping[nn.Module, Tensor],
+    samples: Mapping[nn.Module, Sequence[Tensor]],
+) -> Tensor:
+    """Errors of a group's layers for each candidate, with the samples of this rank."""
+    total = torch.zeros(len(candidates), dtype=torch.float64)
+    for module, index in group.layers:
+        if samples.get(module):
+            mine = [spread(factors, index, present[module]) for factors in candidates]
+            total += output_errors(module, samples[module], input_amax[module], mine)
+    return total
+
+
+def output_errors(module: nn.Module, inputs: Sequence[Tensor], input_amax: Tensor, candidates: Sequence[Tensor]) -> Tensor:
     """Squared error where a layer's input meets its weight, relative to what comes out: float64 ``(len(candidates),)``.
 
     Input and weight are quantized as the layer's descriptors say, or else to 8 bits per tensor and per output channel, with the
-    ranges that they have.
+    largest magnitudes for ranges.
 
     Args:
         module: a linear layer, a convolution, or the projections of attention, whose quantizers do nothing at present.
         inputs: samples of its input.
+        input_amax: largest magnitude of each input channel in all batches, ``(channels,)``.
         candidates: factors of the input channels, ``(channels,)`` each.
     """
     quantize_input, quantize_weight = _quantizers(module)
+    per_tensor = quantize_input.axis is None and quantize_input.quant_desc.block_size is None
     weight = input_weight(module).detach()
     outputs = [_output(module, x, weight) for x in inputs]
     energy = sum(float(y.double().square().sum()) for y in outputs) or 1.0
@@ -105,6 +156,8 @@ def output_errors(module: nn.Module, inputs: Sequence[Tensor], candidates: Seque
         scaled = weight.clone()
         scale_input_channels_(module, factors, scaled)
         scaled = quantize_weight(scaled.mT).mT if is_transposed_linear(module) else quantize_weight(scaled)
+        if per_tensor:
+            quantize_input.amax = (input_amax.to(weight) / factors).amax()
         error = 0.0
         for x, y in zip(inputs, outputs, strict=True):
             shape = [-1 if i == channel_dim(module, x.dim()) % x.dim() else 1 for i in range(x.dim())]

@@ -1,6 +1,6 @@
 """Which layers share SmoothQuant factors, and what takes in the inverse of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lq.channels import NONE, follow
 from lq.graph import Call, Flow
-from lq.nn.input_channels import input_channels, input_weight
+from lq.nn.input_channels import input_channel_amax, input_channels, input_weight
 from lq.producers import producer_of
 
 
@@ -29,8 +29,13 @@ class Group:
     producer: nn.Module | None = None
     parameters: tuple[tuple[nn.Parameter, int], ...] = ()
 
-    def gathered(self, values: Sequence[Tensor]) -> Tensor:
-        """The largest of the values that share a factor, ``(factors,)``, of those of each layer; 0 where there is none."""
+    def ranges(self, input_amax: Mapping[nn.Module, Tensor]) -> tuple[Tensor, Tensor]:
+        """Largest magnitudes of inputs and of weights for each factor, ``(factors,)``; 0 where there is none."""
+        modules = [module for module, _ in self.layers]
+        return self._gathered([input_amax[m] for m in modules]), self._gathered([input_channel_amax(m) for m in modules])
+
+    def _gathered(self, values: Sequence[Tensor]) -> Tensor:
+        """The largest of the values that share a factor, ``(factors,)``, of those of each layer."""
         largest = values[0].new_zeros(self.factors)
         for (_, index), value in zip(self.layers, values, strict=True):
             index = index.to(value.device)
@@ -38,14 +43,14 @@ class Group:
         return largest
 
 
-def spread(factors: Tensor, index: Tensor) -> Tensor:
-    """The factor of each input channel of a layer, 1 where it has none.
+def spread(factors: Tensor, index: Tensor, others: Tensor | float = 1.0) -> Tensor:
+    """The factor of each input channel of a layer, or that in ``others`` where it has none.
 
     >>> spread(torch.tensor([2.0, 4.0]), torch.tensor([1, 1, 0, -1]))
     tensor([4., 4., 2., 1.])
     """
     index = index.to(factors.device)
-    return torch.where(index >= 0, factors[index.clamp_min(0)], 1.0)
+    return torch.where(index >= 0, factors[index.clamp_min(0)], others)
 
 
 def find_groups(flow: Flow, layers: Iterable[nn.Module], tied: set[int], excluded: set[nn.Module]) -> list[Group]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.alpha import BATCHES, GRID, Alpha, alphas_by_name, best_alpha, check_alpha, output_errors, sample
+from lq.alpha import BATCHES, Alpha, alphas_by_name, check_alpha, sample, search_alphas
 from lq.calib import MaxCalibrator, gather, sync_calibrators
 from lq.functional.smooth import smooth_factors
 from lq.graph import Flow, tracing, untraced
@@ -22,14 +22,14 @@ from lq.nn.evaluating import evaluating
 from lq.nn.fast_paths import leave_fast_paths_, without_fast_paths
 from lq.nn.input_channels import (
     channel_dim,
-    earlier_factor,
+    factor_of,
     forget_amax_,
     has_input_channels,
-    input_channel_amax,
     input_weight,
     inputs_of,
     is_layer,
     scale_input_channels_,
+    without_factors,
 )
 from lq.nn.quant_module import QuantInputMixin
 from lq.producers import divide_
@@ -144,12 +144,14 @@ class RescalingCalibrator:
 
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with untraced():
+            factor = factor_of(module)
             for x in inputs_of(module, args, kwargs):
+                x = x if factor is None else x * factor  # what meets the weight
                 if len(samples := self._samples[module]) < BATCHES:
                     samples.append(sample(module, x))
                 amax = _channel_amax(x.detach(), channel_dim(module, x.dim()))
-                earlier = self._input_amax.get(module)
-                self._input_amax[module] = amax if earlier is None else torch.maximum(earlier, amax)
+                largest = self._input_amax.get(module)
+                self._input_amax[module] = amax if largest is None else torch.maximum(largest, amax)
 
     def rescale(self, alpha: Alpha = 0.5) -> nn.Module:
         """Rescale with the statistics collected so far, over all ranks; :attr:`groups` then says what was done.
@@ -233,34 +235,12 @@ class RescalingCalibrator:
             return [*alphas_by_name(alpha, [[self._names[m] for m, _ in group.layers] for group in groups])]
         if not isinstance(alpha, str):
             return [float(alpha)] * len(groups)
-        with evaluating(self.model), unquantized(self.model):
-            mine = [self._output_errors(group) for group in groups]
-        # the ranks saw other samples, and must choose the same
-        totals = [torch.stack(errors).sum(dim=0) for errors in zip(*gather(mine), strict=True)]
-        return [best_alpha(total, group.producer is not None) for total, group in zip(totals, groups, strict=True)]
-
-    def _output_errors(self, group: Group) -> Tensor:
-        """Errors of a group's layers for each alpha, and without factors, with the samples of this rank."""
-        ranges = self._ranges(group)
-        candidates = [*(smooth_factors(*ranges, alpha) for alpha in GRID), torch.ones_like(ranges[0])]
-        total = torch.zeros(len(candidates), dtype=torch.float64)
-        for module, index in group.layers:
-            if samples := self._samples[module]:
-                total += output_errors(module, samples, [spread(factors, index) for factors in candidates])
-        return total
-
-    def _ranges(self, group: Group) -> tuple[Tensor, Tensor]:
-        """Largest magnitudes of inputs and of weights for each factor."""
-        inputs, weights = [], []
-        for module, _ in group.layers:
-            amax, earlier = self._input_amax[module], earlier_factor(module)
-            inputs.append(amax if earlier is None else amax * earlier)
-            weights.append(input_channel_amax(module))
-        return group.gathered(inputs), group.gathered(weights)
+        with evaluating(self.model), unquantized(self.model), without_factors(self._layers):
+            return search_alphas(groups, self._input_amax, self._samples)
 
     @torch.no_grad()
     def _rescale_group(self, group: Group, alpha: float) -> RescaledGroup:
-        inputs, weights = self._ranges(group)
+        inputs, weights = group.ranges(self._input_amax)
         factors = smooth_factors(inputs, weights, alpha)
         for module, index in group.layers:
             forget_amax_(module)

@@ -32,11 +32,12 @@ def quantized(x, amax, bits):
     return np.clip(np.rint(x / scale), -qmax, qmax) * scale
 
 
-def error(x, weight, alpha, bits):
+def error(x, weight, alpha, bits, peaks=None):
     """Squared error of a linear layer without bias, quantized per tensor and per row, SmoothQuant's eq. 4 for the factors."""
-    s = np.abs(x).max(0) ** alpha / np.abs(weight).max(0) ** (1 - alpha)
+    peaks = np.abs(x).max(0) if peaks is None else peaks
+    s = peaks**alpha / np.abs(weight).max(0) ** (1 - alpha)
     xs, ws = x / s, weight * s
-    y = quantized(xs, np.abs(xs).max(), bits) @ quantized(ws, np.abs(ws).max(1, keepdims=True), bits).T
+    y = quantized(xs, (peaks / s).max(), bits) @ quantized(ws, np.abs(ws).max(1, keepdims=True), bits).T
     return ((y - x @ weight.T) ** 2).sum()
 
 
@@ -51,6 +52,52 @@ def test_auto_takes_the_alpha_with_the_least_error_at_the_output(bits):
     (group,) = calibrator.groups
     assert errors[GRID.index(group.alpha)] <= min(errors) * 1.001
     assert errors[10] > min(errors)
+
+
+def test_the_range_is_that_of_all_batches_though_the_samples_are_few():
+    model, batches = model_of(nn.Identity(), nn.Linear(8, 6, bias=False)), [outliers() for _ in range(4)]
+    loud = outliers() * torch.tensor([1, 1, 1, 1, 30.0, 1, 1, 1])  # no sample is taken from the fifth batch
+    calibrator = lq.RescalingCalibrator(model)
+    for x in (*batches, loud):
+        calibrator(x)
+    calibrator.rescale("auto")
+    peaks = torch.stack([loud, *batches]).abs().amax((0, 1)).double().numpy()
+    weight = model[1].weight.detach().double().numpy()
+    errors = [error(torch.cat(batches).double().numpy(), weight, alpha, 8, peaks) for alpha in GRID]
+    assert errors[GRID.index(calibrator.groups[0].alpha)] <= min(errors) * 1.001
+
+
+def test_groups_that_share_a_layer_are_looked_at_together():
+    """Either half of the channels alone gains nothing, because the other stays loud."""
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.out(torch.cat([self.a(x), self.b(-x)], -1))
+
+    torch.manual_seed(0)
+    model, x = Joined().eval(), torch.randn(64, 8)
+    with torch.no_grad():
+        for norm in (model.a, model.b):
+            norm.weight[3] = 200.0
+    calibrator = calibrator_of(model, x)
+    calibrator.rescale("auto")
+    assert [(g.producer, g.action) for g in calibrator.groups] == [("a", "folded"), ("b", "folded")]
+    assert all(g.input_amax[1] < g.input_amax[0] / 10 for g in calibrator.groups)
+
+
+def test_auto_once_more_sees_the_inputs_as_they_meet_the_weight():
+    """What an inserted factor has evened out already gains nothing."""
+    model, x = nn.Sequential(nn.Linear(8, 6)).eval(), outliers()
+    once = calibrator_of(model, x).rescale("auto")
+    calibrator = calibrator_of(once, x)
+    twice = calibrator.rescale("auto")
+    assert not calibrator.groups
+    assert calibrator.left == {"0": "no alpha takes enough of its error off"}
+    assert torch.equal(twice(x), once(x))
 
 
 def test_each_group_has_an_alpha_of_its_own_and_the_output_stays():

@@ -1,6 +1,8 @@
 """The input channels of linear layers, convolutions and attention, and the weights that meet them."""
 
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,10 +102,24 @@ def scale_input_channels_(module: nn.Module, factors: Tensor, weight: Tensor | N
     view *= factors.to(view.dtype).reshape(view.shape[0], 1, -1, 1)
 
 
-def earlier_factor(module: nn.Module) -> Tensor | None:
-    """The factor that a layer's input is multiplied by already, ``(channels,)``; ``None`` for none."""
-    factor = module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
-    return None if factor is None else factor.flatten()
+def factor_of(module: nn.Module) -> Tensor | None:
+    """What a layer multiplies its input by, broadcastable to it; ``None`` for nothing."""
+    return module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
+
+
+@contextmanager
+def without_factors(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Layers do not multiply their inputs inside the block."""
+    factors = {
+        m.input_quantizer: factor for m in modules if isinstance(m, QuantInputMixin) and (factor := factor_of(m)) is not None
+    }
+    for quantizer in factors:
+        quantizer.pre_quant_scale = None
+    try:
+        yield
+    finally:
+        for quantizer, factor in factors.items():
+            quantizer.pre_quant_scale = factor
 
 
 def forget_amax_(module: nn.Module) -> None:

@@ -277,7 +277,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_model(results, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_choose_the_same_alpha_and_have_the_same_weights(results, world):
     alphas, weights = results[world][0]["rescaled"]
-    assert len(alphas) == 2
+    assert alphas
     for mine in results[world]:
         assert mine["rescaled"][0] == alphas
         assert all(torch.equal(mine["rescaled"][1][name], weight) for name, weight in weights.items())
