@@ -5,6 +5,7 @@ from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
 from lq.callbacks.qat import QuantizationAwareTraining
 from lq.callbacks.quantize import Quantize
+from lq.callbacks.resume import ExactResume
 from lq.callbacks.schedule import QATSchedule
 
-__all__ = ["OnnxExport", "QATSchedule", "QuantMonitor", "QuantizationAwareTraining", "Quantize", "ScaleFreeze"]
+__all__ = ["ExactResume", "OnnxExport", "QATSchedule", "QuantMonitor", "QuantizationAwareTraining", "Quantize", "ScaleFreeze"]

@@ -1,9 +1,10 @@
 """The whole recipe in one callback."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 
 from lq.alpha import Alpha
 from lq.calibration import Method
@@ -11,12 +12,13 @@ from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
 from lq.callbacks.quantize import Quantize
+from lq.callbacks.resume import ExactResume
 from lq.callbacks.schedule import QATSchedule
 from lq.descriptor import Rules
 
 
 class QuantizationAwareTraining(Callback):
-    """Quantize, QATSchedule, ScaleFreeze, QuantMonitor and, with a path, OnnxExport, in this order.
+    """ExactResume, Quantize, QATSchedule, ScaleFreeze, QuantMonitor and, with a path, OnnxExport, in this order.
 
     ``Trainer(max_epochs=2, callbacks=[QuantizationAwareTraining()]).fit(trained_module, datamodule)`` is enough: the defaults are
     TensorRT's INT8, calibration by mean squared error on 8 batches, SmoothQuant at 0.5, NVIDIA's learning-rate recipe, scales
@@ -53,6 +55,7 @@ class QuantizationAwareTraining(Callback):
             raise ValueError("`schedule` is given, and `lr` too: set it in `schedule`.")
         self.quantize = quantize or Quantize(rules, method=method, alpha=alpha)
         self.parts: list[Callback] = [
+            ExactResume(),
             self.quantize,
             schedule or QATSchedule(lr),
             freeze or ScaleFreeze(method=self.quantize.method, method_options=self.quantize.method_options),
@@ -66,58 +69,6 @@ class QuantizationAwareTraining(Callback):
         """Validation metrics of each stage."""
         return self.quantize.stages
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for part in self.parts:
-            part.setup(trainer, pl_module, stage)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_fit_start(trainer, pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_train_start(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for part in self.parts:
-            part.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        for part in self.parts:
-            part.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_train_end(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_fit_end(trainer, pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        for part in self.parts:
-            part.on_exception(trainer, pl_module, exception)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for part in self.parts:
-            part.on_save_checkpoint(trainer, pl_module, checkpoint)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        for part in self.parts:
-            part.on_load_checkpoint(trainer, pl_module, checkpoint)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_validation_start(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_test_start(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for part in self.parts:
-            part.on_predict_start(trainer, pl_module)
-
     def state_dict(self) -> dict[str, Any]:
         return {part.state_key: part.state_dict() for part in self.parts}
 
@@ -126,3 +77,18 @@ class QuantizationAwareTraining(Callback):
             # parts may have changed since: what belongs to another is left
             if part.state_key in state_dict:
                 part.load_state_dict(state_dict[part.state_key])
+
+
+def _given_to_parts(name: str) -> Callable[..., None]:
+    def hook(self: QuantizationAwareTraining, *args: Any, **kwargs: Any) -> None:
+        for part in self.parts:
+            getattr(part, name)(*args, **kwargs)
+
+    hook.__name__ = name
+    return hook
+
+
+# every hook that Lightning has, also those that only a part of a user's own has use for
+for _name in vars(Callback):
+    if _name.startswith("on_") or _name in ("setup", "teardown"):
+        setattr(QuantizationAwareTraining, _name, _given_to_parts(_name))

@@ -50,18 +50,21 @@ class QATSchedule(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.lr is None:
             return
-        total = total_steps(trainer)
-        if math.isinf(total):
-            raise MisconfigurationException(
-                "A cosine needs an end, and the fit has none: set `max_epochs` (`max_steps`, if the train loader has no length), "
-                "or `QATSchedule(lr=None)`."
-            )
-        self._total = int(total)
         # optimizer states are not restored yet, so these are the rates of `configure_optimizers` on resume too
         self._initial = [[g.get("initial_lr", g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
         if trainer.lr_scheduler_configs:
             names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
             rank_zero_warn(f"QATSchedule overrules the learning rates of {names}; `QATSchedule(lr=None)` keeps them.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not before: whoever asks earlier has Lightning start the loaders before a checkpoint has put them in their place
+        total = total_steps(trainer)
+        if self.lr is not None and math.isinf(total):
+            raise MisconfigurationException(
+                "A cosine needs an end, and the fit has none: set `max_epochs` (`max_steps`, if the train loader has no length), "
+                "or `QATSchedule(lr=None)`."
+            )
+        self._total = int(total) if self.lr is not None else 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.lr is None:
