@@ -4,6 +4,7 @@ from lq import calib, callbacks, export, nn, optim, quant_modules, tensor_quant,
 from lq.calibration import calibrating, load_calib_amax_
 from lq.descriptor import QuantDescriptor, QuantRule
 from lq.export import enable_onnx_export
+from lq.load import load_quantized
 from lq.nn import TensorQuantizer
 from lq.rescale import RescalingCalibrator
 from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, unfreeze_
@@ -23,6 +24,7 @@ __all__ = [
     "export",
     "freeze_",
     "load_calib_amax_",
+    "load_quantized",
     "named_quantizers",
     "nn",
     "optim",

@@ -1,6 +1,7 @@
 """The recipe of quantization-aware training as pure functions of the step."""
 
 import math
+import re
 
 
 def cosine_factor(step: int, total: int, *, final: float = 0.01, warmup: int = 0) -> float:
@@ -19,17 +20,31 @@ def cosine_factor(step: int, total: int, *, final: float = 0.01, warmup: int = 0
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def to_steps(value: int | float | None, total: int | float, name: str) -> int | None:
-    """Steps from a whole number of them, or from a share of ``total`` given as a float in [0, 1].
+# Optimizer steps as a whole number, a share of all of them as a float, or epochs, as "2 epochs".
+Length = int | float | str
+EPOCHS = re.compile(r"(\d+(?:\.\d+)?) epochs?")
+
+
+def to_steps(value: Length | None, total: float, name: str, per_epoch: float = math.inf) -> int | None:
+    """Steps from a whole number of them, a share of ``total`` given as a float in [0, 1], or epochs of ``per_epoch`` steps.
 
     Raises:
-        ValueError: a float outside [0, 1], a negative number, or a share of an unknown total.
+        ValueError: a float outside [0, 1], a negative number, another text, or a share or epochs of unknown length.
 
     >>> to_steps(50, 1000, "refresh_every"), to_steps(0.5, 1000, "freeze_after"), to_steps(None, 1000, "freeze_after")
     (50, 500, None)
+    >>> to_steps("2 epochs", 1000, "freeze_after", per_epoch=100), to_steps("0.5 epochs", 1000, "refresh_every", per_epoch=100)
+    (200, 50)
     """
     if value is None:
         return None
+    if isinstance(value, str):
+        found = EPOCHS.fullmatch(value)
+        if not found:
+            raise ValueError(f"`{name}` is {value!r}: give steps (50), a share of all steps (0.1), or epochs ('2 epochs').")
+        if math.isinf(per_epoch):
+            raise ValueError(f"`{name}` is {value!r}, and epochs have no known length here: give steps.")
+        return round(float(found[1]) * per_epoch)
     if isinstance(value, float):
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` is {value}: a share of the steps must lie in [0, 1]; give a whole number for steps.")

@@ -1,5 +1,7 @@
 """Callbacks for any Trainer: they own *when*; what is done are functions that work without Lightning too."""
 
+from lq.callbacks.delay import QuantDelay
+from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
@@ -8,4 +10,14 @@ from lq.callbacks.quantize import Quantize
 from lq.callbacks.resume import ExactResume
 from lq.callbacks.schedule import QATSchedule
 
-__all__ = ["ExactResume", "OnnxExport", "QATSchedule", "QuantMonitor", "QuantizationAwareTraining", "Quantize", "ScaleFreeze"]
+__all__ = [
+    "Distill",
+    "ExactResume",
+    "OnnxExport",
+    "QATSchedule",
+    "QuantDelay",
+    "QuantMonitor",
+    "QuantizationAwareTraining",
+    "Quantize",
+    "ScaleFreeze",
+]

@@ -102,13 +102,15 @@ def muted(pl_module: LightningModule) -> Iterator[None]:
     """Nothing is logged in the block, and the module's metrics are afterwards what they were."""
     metrics = [m for m in pl_module.modules() if isinstance(m, Metric) and not isinstance(m, Calibrator)]
     before = [(m, m._copy_state_dict(), m._update_count, m._computed) for m in metrics]
-    for name in ("log", "log_dict"):
-        pl_module.__dict__[name] = lambda *args, **kwargs: None
+    loud = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+    pl_module.__dict__.update(dict.fromkeys(loud, lambda *args, **kwargs: None))
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
+        for name, own in loud.items():
             del pl_module.__dict__[name]
+            if own is not None:  # muted by somebody else already
+                pl_module.__dict__[name] = own
         for metric, states, count, computed in before:
             for name, value in states.items():
                 setattr(metric, name, value)

@@ -3,12 +3,15 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
+from lq.calib import gather
 from lq.calibration import Method, check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
-from lq.callbacks.steps import total_steps
+from lq.callbacks.steps import steps_per_epoch, total_steps
 from lq.nn import TensorQuantizer
-from lq.schedule import is_observing, is_refresh, to_steps
+from lq.schedule import Length, is_observing, is_refresh, to_steps
 from lq.surgery import freeze_, named_quantizers
 
 # Where a checkpoint has the statistics of an observation that is not over.
@@ -20,13 +23,16 @@ class ScaleFreeze(Callback):
 
     A refresh takes the statistics of the steps before it, on all ranks, and blends the amax they give into the present one; amax
     of weights follows the weights at the same moments. All is a function of the optimizer step, and a checkpoint has the
-    statistics of an observation that is not over (under DDP those of rank 0), so resuming keeps the clock.
+    statistics of an observation that is not over, of each rank, so resuming keeps the clock. What is learned (PACT, LSQ) is not
+    refreshed, and is frozen with the others.
+
+    Lengths are whole numbers of optimizer steps, floats for a share of all steps, or texts for epochs: ``"2 epochs"``.
 
     Args:
-        refresh_every: steps between refreshes, or as a float a share of all steps; ``None`` or 0 never refreshes.
+        refresh_every: length between refreshes; ``None`` or 0 never refreshes.
         observe: steps whose batches are looked at before each refresh.
         momentum: share of the present amax that a refresh keeps, in [0, 1).
-        freeze_after: steps, or as a float a share of all steps, after which amax stays for good; ``None`` never freezes.
+        freeze_after: length after which amax stays for good; ``None`` never freezes.
         batchnorm: let BatchNorm statistics stay too from the freeze point on.
         method: how a refresh chooses amax, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
@@ -34,18 +40,18 @@ class ScaleFreeze(Callback):
 
     def __init__(
         self,
-        refresh_every: int | float | None = 0.1,
+        refresh_every: Length | None = 0.1,
         *,
         observe: int = 4,
         momentum: float = 0.5,
-        freeze_after: int | float | None = 0.5,
+        freeze_after: Length | None = 0.5,
         batchnorm: bool = True,
         method: Method = "mse",
         method_options: dict[str, Any] | None = None,
     ) -> None:
         check_options(method, method_options or {}, observe)
-        to_steps(refresh_every, 1, "refresh_every")
-        to_steps(freeze_after, 1, "freeze_after")
+        to_steps(refresh_every, 1, "refresh_every", 1)
+        to_steps(freeze_after, 1, "freeze_after", 1)
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` is {momentum}: it must lie in [0, 1).")
         if observe < 1:
@@ -57,21 +63,27 @@ class ScaleFreeze(Callback):
         self._freeze: int | None = None
         # whether statistics for the next refresh are at hand, and what a checkpoint had of them
         self._observed = False
-        self._restored: dict[str, dict[str, Any]] = {}
+        self._restored: list[dict[str, dict[str, Any]]] = []
         self._is_frozen = False
         self._frozen: set[TensorQuantizer] = set()
+        self._learned: list[nn.Parameter] = []
         self._batchnorms: set[nn.Module] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = total_steps(trainer)
-        self._every = to_steps(self.refresh_every, total, "refresh_every")
-        self._freeze = to_steps(self.freeze_after, total, "freeze_after")
-        self._observed = bool(self._restored)
-        if self._restored:
+        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
+        self._every = to_steps(self.refresh_every, total, "refresh_every", per_epoch)
+        self._freeze = to_steps(self.freeze_after, total, "freeze_after", per_epoch)
+        restored, self._restored = self._restored, []
+        self._observed = len(restored) == trainer.world_size
+        if self._observed:
             stop_observing_(observe_(pl_module, self.method))
             for name, quantizer in named_quantizers(pl_module):
-                quantizer.calibrator.load_statistics(self._restored.get(name, {}))
-            self._restored = {}
+                quantizer.calibrator.load_statistics(restored[trainer.global_rank].get(name, {}))
+        elif restored:
+            rank_zero_warn(
+                f"The checkpoint has an observation of {len(restored)} processes, and there are {trainer.world_size}: the next "
+                "refresh looks at the steps from here on only."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -101,16 +113,24 @@ class ScaleFreeze(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._observed:
-            checkpoint[STATISTICS] = {name: q.calibrator.statistics() for name, q in named_quantizers(pl_module)}
+            checkpoint[STATISTICS] = gather({name: q.calibrator.statistics() for name, q in named_quantizers(pl_module)})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._restored = checkpoint.get(STATISTICS, {})
+        self._restored = checkpoint.get(STATISTICS, [])
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for parameter in self._learned:
+            parameter.grad = None
 
     def _freeze_all(self, pl_module: LightningModule) -> None:
         if not self._is_frozen:
             self._is_frozen = True
             self._frozen = {quantizer for _, quantizer in named_quantizers(pl_module) if not quantizer.frozen}
             freeze_(pl_module)
+            self._learned = [p for quantizer in self._frozen if quantizer.clip is not None for p in quantizer.clip.parameters()]
+            for parameter in self._learned:
+                # a DDP wrapper waits for the gradient of every parameter that it was made with: they lose it before the step
+                parameter.requires_grad_(True)
             norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
             self._batchnorms = {m for m in norms if m.training} if self.batchnorm else set()
         # every batch, because whoever puts the module into train mode takes its BatchNorms along
@@ -122,7 +142,7 @@ class ScaleFreeze(Callback):
         if self._observed:
             stop_observing_(pl_module)
             self._observed = False
-        self._is_frozen = False
+        self._is_frozen, self._learned = False, []
         while self._frozen:
             self._frozen.pop().frozen = False
         while self._batchnorms:

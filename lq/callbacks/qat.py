@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from lq.alpha import Alpha
 from lq.calibration import Method
+from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
@@ -18,7 +19,7 @@ from lq.descriptor import Rules
 
 
 class QuantizationAwareTraining(Callback):
-    """ExactResume, Quantize, QATSchedule, ScaleFreeze, QuantMonitor and, with a path, OnnxExport, in this order.
+    """ExactResume, Distill (if asked for), Quantize, QATSchedule, ScaleFreeze, QuantMonitor, OnnxExport (with a path), in order.
 
     ``Trainer(max_epochs=2, callbacks=[QuantizationAwareTraining()]).fit(trained_module, datamodule)`` is enough: the defaults are
     TensorRT's INT8, calibration by mean squared error on 8 batches, SmoothQuant at 0.5, NVIDIA's learning-rate recipe, scales
@@ -29,6 +30,8 @@ class QuantizationAwareTraining(Callback):
         method: how amax is chosen.
         alpha: SmoothQuant's migration strength; ``None`` does not rescale.
         lr: learning rate, as a share of the original one; ``None`` leaves it alone.
+        keep_best: never return a model worse than the calibrated one, by the metric of the fit's ModelCheckpoint.
+        distill: learn from the float model too (:class:`Distill`).
         export: path of an ONNX file to write after the fit.
         quantize: in place of the one that ``rules``, ``method`` and ``alpha`` describe.
         schedule: in place of the one that ``lr`` describes.
@@ -43,19 +46,23 @@ class QuantizationAwareTraining(Callback):
         method: Method = "mse",
         alpha: Alpha | None = 0.5,
         lr: float | None = 0.01,
+        keep_best: bool = False,
+        distill: bool | Distill = False,
         export: str | Path | None = None,
         quantize: Quantize | None = None,
         schedule: QATSchedule | None = None,
         freeze: ScaleFreeze | None = None,
         monitor: QuantMonitor | None = None,
     ) -> None:
-        if quantize is not None and (rules, method, alpha) != ("int8", "mse", 0.5):
-            raise ValueError("`quantize` is given, and `rules`, `method` or `alpha` too: set them in `quantize`.")
+        if quantize is not None and (rules, method, alpha, keep_best) != ("int8", "mse", 0.5, False):
+            raise ValueError("`quantize` is given, and `rules`, `method`, `alpha` or `keep_best` too: set them in `quantize`.")
         if schedule is not None and lr != 0.01:
             raise ValueError("`schedule` is given, and `lr` too: set it in `schedule`.")
-        self.quantize = quantize or Quantize(rules, method=method, alpha=alpha)
+        self.quantize = quantize or Quantize(rules, method=method, alpha=alpha, keep_best=keep_best)
+        teacher = Distill() if distill is True else distill
         self.parts: list[Callback] = [
             ExactResume(),
+            *([teacher] if teacher else []),
             self.quantize,
             schedule or QATSchedule(lr),
             freeze or ScaleFreeze(method=self.quantize.method, method_options=self.quantize.method_options),

@@ -16,11 +16,16 @@ from lq.analysis.records import Histogram, histograms
 from lq.calib import failing_together, save_statistics
 from lq.calib.statistics import require_safetensors
 from lq.calibration import Method, calibrating, check_options
+from lq.callbacks.best import Best, monitored
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
 from lq.descriptor import Rules
+from lq.load import RULES, to_plain
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
 from lq.surgery import has_quantized_layers, named_quantizers, quantize_
+
+# Where a checkpoint has the best model so far.
+BEST = "lq_best"
 
 
 class Quantize(Callback):
@@ -40,11 +45,16 @@ class Quantize(Callback):
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
         stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
             metrics, and loggers get them as ``<stage>/<metric>``.
+        keep_best: put the best model back when the fit ends, of those after calibration, after rescaling, and at each validation:
+            it is never worse than the calibrated one. :attr:`kept` says which it was. Each checkpoint has the best one so far.
+        monitor: metric of the validation that decides; by default that of the fit's ModelCheckpoint or EarlyStopping.
+        mode: whether ``"min"`` or ``"max"`` is good; likewise.
         dirpath: folder to leave the calibrated model in, as ``calibrated.ckpt``, and what calibration collected, as
             ``statistics.safetensors`` (:func:`lq.calib.save_statistics`): ``lq recalibrate`` tries other methods on them.
 
     Attributes:
         stages: metrics of each stage.
+        kept: the stage that ``keep_best`` went back to; empty if that is the end of the fit.
         rescaled: what SmoothQuant did.
         left: layers that it left as they are, and why.
         histograms: what calibration saw, by quantizer.
@@ -66,6 +76,9 @@ class Quantize(Callback):
         alpha: Alpha | None = 0.5,
         excluded_modules: Excluded | None = None,
         stages: bool = True,
+        keep_best: bool = False,
+        monitor: str | None = None,
+        mode: str | None = None,
         dirpath: str | Path | None = None,
     ) -> None:
         check_options(method, method_options or {}, batches)
@@ -75,10 +88,18 @@ class Quantize(Callback):
             check_alpha(alpha)
         if batches < 1:
             raise ValueError(f"`batches` is {batches}: calibration needs at least 1.")
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"`mode` is {mode!r}: it must be 'min' or 'max'.")
+        if keep_best and not stages:
+            raise ValueError("`keep_best` is True, and `stages` False: the best one is found by validating the stages.")
         self.rules, self.method, self.method_options = rules, method, method_options or {}
         self.batches, self.alpha, self.excluded_modules = batches, alpha, excluded_modules
         self.validate_stages, self.dirpath = stages, dirpath
+        self.keep_best, self.monitor, self.mode = keep_best, monitor, mode
+        self._best: Best | None = None
+        self._restored: dict[str, Any] = {}
         self.stages: dict[str, dict[str, float]] = {}
+        self.kept = ""
         self.rescaled: list[RescaledGroup] = []
         self.left: dict[str, str] = {}
         self.histograms: dict[str, Histogram] = {}
@@ -105,6 +126,7 @@ class Quantize(Callback):
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_for_best(trainer)
         pending = [quantizer for _, quantizer in named_quantizers(pl_module) if quantizer.amax is None]
         if not pending:
             return
@@ -116,6 +138,17 @@ class Quantize(Callback):
             for quantizer in pending:
                 quantizer.amax = None
             raise
+
+    def _look_for_best(self, trainer: Trainer) -> None:
+        if not self.keep_best:
+            return
+        if not trainer.enable_validation:
+            raise MisconfigurationException("`keep_best` is True, but the fit has no validation to tell which model is best.")
+        self.kept = ""
+        self._best = Best(*monitored(trainer, self.monitor, self.mode))
+        if self._restored:
+            self._best.load_state_dict(self._restored)
+            self._restored = {}
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Float, calibrated, rescaled: with a look at each, if there is a validation."""
@@ -145,8 +178,27 @@ class Quantize(Callback):
         if trainer.is_global_zero:
             save_statistics(pl_module, folder / "statistics.safetensors")
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._best is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._best.offer(trainer, pl_module, f"step {trainer.global_step}", metrics)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validate(trainer, pl_module, "qat")
+        if self._best is not None and self._best.stage != "qat":
+            self.kept = self._best.stage
+            self._best.restore(pl_module)
+            rank_zero_info(f"Kept the model of `{self.kept}`: {self._best.monitor} {self._best.value:.4f}.")
+            self._validate(trainer, pl_module, "kept")
+        self._best = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[RULES] = to_plain(self.rules)
+        if self._best is not None:
+            checkpoint[BEST] = self._best.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(BEST, {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -199,6 +251,8 @@ class Quantize(Callback):
             return
         if metrics := validate_stage(trainer):
             self.stages[stage] = metrics
+            if self._best is not None and stage not in ("float", "kept"):
+                self._best.offer(trainer, pl_module, stage, metrics)
             rank_zero_info(f"{stage}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             for logger in trainer.loggers:
                 logger.log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, step=trainer.global_step)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -151,6 +152,9 @@ def _batches_done(trainer: Trainer) -> int:
 def _start(trainer: Trainer, epoch: dict[str, Any], order: dict[str, Any] | None, batches: int) -> None:
     """Start the loaders as they were started in this epoch, and leave out the batches that are done."""
     fetcher = _fetcher(trainer)
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    for loader in fetcher.combined_loader.flattened:
+        _set_sampler_epoch(loader, progress.processed)
     set_random_numbers(epoch)
     iter(fetcher)
     if order is not None:

@@ -1,14 +1,16 @@
 """The learning rate of quantization-aware training."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lq.callbacks.steps import total_steps
-from lq.schedule import cosine_factor, to_steps
+from lq import checkpoint
+from lq.callbacks.steps import steps_per_epoch, total_steps
+from lq.schedule import Length, cosine_factor, to_steps
 
 
 class QATSchedule(Callback):
@@ -23,20 +25,25 @@ class QATSchedule(Callback):
     Args:
         lr: learning rate to start with, as a share of the one that ``configure_optimizers`` set; ``None`` leaves rates alone.
         final: learning rate to end with, as a share of the first.
-        warmup: linear warm-up: steps, or as a float a share of all steps.
+        warmup: length of a linear warm-up: steps, as a float a share of all steps, or ``"1 epoch"``.
+        original: Lightning checkpoint of the float model: the original rates are those that it was trained with
+            (:func:`lq.checkpoint.original`), not those that ``configure_optimizers`` sets.
 
     Raises:
-        ValueError: a share outside its range.
+        ValueError: a share outside its range, or a checkpoint without learning rates.
         MisconfigurationException: manual optimization, or a fit without an end.
     """
 
-    def __init__(self, lr: float | None = 0.01, final: float = 0.01, warmup: int | float = 0) -> None:
+    def __init__(
+        self, lr: float | None = 0.01, final: float = 0.01, warmup: Length = 0, original: str | Path | None = None
+    ) -> None:
         if lr is not None and not lr > 0:
             raise ValueError(f"`lr` is {lr}: it must be a positive share of the original rate, or None.")
         if not 0 <= final <= 1:
             raise ValueError(f"`final` is {final}: it must lie in [0, 1].")
-        to_steps(warmup, 1, "warmup")
+        to_steps(warmup, 1, "warmup", 1)
         self.lr, self.final, self.warmup = lr, final, warmup
+        self.original = None if original is None else checkpoint.original(original)
         self._total = 0
         self._initial: list[list[float]] = []
 
@@ -52,9 +59,20 @@ class QATSchedule(Callback):
             return
         # optimizer states are not restored yet, so these are the rates of `configure_optimizers` on resume too
         self._initial = [[g.get("initial_lr", g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
+        if self.original is not None:
+            self._initial = self._originals(self.original.lrs)
         if trainer.lr_scheduler_configs:
             names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
             rank_zero_warn(f"QATSchedule overrules the learning rates of {names}; `QATSchedule(lr=None)` keeps them.")
+
+    def _originals(self, found: list[list[float]]) -> list[list[float]]:
+        """Rates of the float training, for the groups that there are now."""
+        if [len(rates) for rates in found] != [len(rates) for rates in self._initial]:
+            raise MisconfigurationException(
+                f"`original` has {[len(r) for r in found]} parameter groups, and this fit {[len(r) for r in self._initial]}: "
+                "leave it out, and set the original rates in `configure_optimizers`."
+            )
+        return [list(rates) for rates in found]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not before: whoever asks earlier has Lightning start the loaders before a checkpoint has put them in their place
@@ -69,7 +87,7 @@ class QATSchedule(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.lr is None:
             return
-        warmup = to_steps(self.warmup, self._total, "warmup") or 0
+        warmup = to_steps(self.warmup, self._total, "warmup", steps_per_epoch(trainer)) or 0
         factor = self.lr * cosine_factor(trainer.global_step, self._total, final=self.final, warmup=warmup)
         for optimizer, rates in zip(trainer.optimizers, self._initial, strict=True):
             # groups that came later (layers that a fine-tuning callback unfroze) start from the rate they came with

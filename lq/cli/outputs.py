@@ -3,10 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -28,17 +26,6 @@ def prepare_folder(cfg: DictConfig) -> Path:
     except OSError as error:
         raise OSError(f"`output_dir` {folder} cannot be written ({error.strerror}): set hydra.run.dir to another.") from error
     return folder
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Lightning checkpoint or a state dict, on the CPU."""
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint.get("state_dict", checkpoint)
-    except (OSError, EOFError, RuntimeError, UnpicklingError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"`ckpt_path` {path} cannot be read ({reason}): give a Lightning checkpoint or a state dict.") from None
-    return checkpoint
 
 
 def measure_layers(model: LightningModule, data: LightningDataModule, seen: dict[str, Histogram]) -> list[LayerRow]:

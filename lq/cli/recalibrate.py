@@ -12,7 +12,8 @@ from lq.analysis.calibration import calibrator_row
 from lq.analysis.tables import Table, layer_table
 from lq.calib import Calibrator, read_statistics
 from lq.calibration import amaxs_by_name, check_options, methods_by_name, suits
-from lq.cli.outputs import prepare_folder, read_checkpoint
+from lq.checkpoint import read_checkpoint
+from lq.cli.outputs import prepare_folder
 
 
 def recalibrate(cfg: DictConfig) -> None:

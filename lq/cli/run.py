@@ -17,8 +17,9 @@ from rich.console import Console
 from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
 from lq.callbacks import QATSchedule, Quantize
+from lq.checkpoint import Original, original, read_checkpoint
 from lq.cli.deploy import Deployment, deploy, validate_onnx
-from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, read_checkpoint, write_metrics
+from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
 from lq.export._require import require
 from lq.export.check import fits_int8
 from lq.surgery import named_quantizers, quantize_
@@ -50,7 +51,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     loggers = list(instantiate(cfg.logger).values())
     # LearningRateMonitor refuses to be without a logger
     used = [c for c in callbacks.values() if loggers or not isinstance(c, LearningRateMonitor)]
-    trainer: Trainer = instantiate(cfg.trainer, max_epochs=cfg.schedule.epochs, callbacks=used, logger=loggers)
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=qat_epochs(cfg), callbacks=used, logger=loggers)
     trainer.fit(model, datamodule=data)
     with console.status("Exporting, verifying and timing the graphs"):
         deployment = deploy(cfg, trainer, data, float_model, model, folder)
@@ -109,7 +110,7 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
     quantize = callbacks.get("quantize")
     if not isinstance(quantize, Quantize):
         raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
-    if cfg.schedule.epochs < 1:
+    if cfg.schedule.epochs is not None and cfg.schedule.epochs < 1:
         raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: calibration is part of the fit, give at least 1.")
     if not is_overridden("validation_step", model) or not is_overridden("val_dataloader", data):
         raise ValueError(
@@ -132,6 +133,13 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
             if not fits_int8(quantizer.num_bits, quantizer.unsigned):
                 raise ValueError(f"`{name}` has {quantizer.num_bits} bits, and its codes exceed int8: fewer, or export=none.")
     return quantize
+
+
+def qat_epochs(cfg: DictConfig) -> int:
+    """How long to fine-tune: as the schedule says, or a tenth of the float training."""
+    if cfg.schedule.epochs is not None:
+        return int(cfg.schedule.epochs)
+    return (Original(cfg.float_epochs, []) if cfg.ckpt_path is None else original(cfg.ckpt_path)).share()
 
 
 def train_float(cfg: DictConfig, model: LightningModule, data: LightningDataModule, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
 from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
@@ -17,6 +18,7 @@ class Keep(Callback):
 
     def save(self, trainer, pl_module, when):
         amax = {name: q.amax.clone() for name, q in lq.named_quantizers(pl_module)}
+        self.folder.mkdir(exist_ok=True)
         torch.save(amax, self.folder / f"{when}-{trainer.world_size}-{trainer.global_rank}.pt")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -49,3 +51,36 @@ def test_two_ranks_have_the_amax_of_one_process_on_the_union_of_the_batches(tmp_
     last = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*last, rtol=0, atol=0)
     assert any(not torch.equal(last[0][name], one[name]) for name in one)
+
+
+def fit_again(folder, ckpt_path=None):
+    """Refreshes every 4 steps, of which 3 are looked at; a checkpoint at each step."""
+    seed_everything(0, verbose=False)
+    freeze = ScaleFreeze(refresh_every=4, observe=3, freeze_after=None)
+    keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    callbacks = [QuantizationAwareTraining(freeze=freeze), Keep(folder), keep]
+    options = {"strategy": "ddp_spawn", "devices": 2, "max_epochs": 2, "enable_checkpointing": True}
+    trainer(folder, *callbacks, **options).fit(Tiny(), loader(shuffle=True, batch_size=2), ckpt_path=ckpt_path)
+    return [torch.load(folder / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_resumed_within_an_observation_each_rank_has_its_own_statistics_and_numbers(tmp_path):
+    whole = fit_again(tmp_path / "a")
+    state = torch.load(tmp_path / "a" / "step=3.ckpt", weights_only=True)
+    first, second = state["lq_statistics"]
+    assert not torch.equal(first["net.0.input"]["peak"], second["net.0.input"]["peak"])
+    for step in (3, 11):
+        resumed = fit_again(tmp_path / f"b{step}", tmp_path / "a" / f"step={step}.ckpt")
+        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_learned_scales_freeze_under_ddp(tmp_path):
+    desc = lq.QuantDescriptor(amax=1.0, learn_amax=True)
+    quantize = Quantize([lq.QuantRule("*", desc, lq.QuantDescriptor(axis=0))], alpha=None)
+    callbacks = [quantize, ScaleFreeze(None, freeze_after=2), Keep(tmp_path)]
+    trainer(tmp_path, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2).fit(Tiny(), loader())
+    two = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(*two, rtol=0, atol=0)
+    assert two[0]["net.0.input"] != 1

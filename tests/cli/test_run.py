@@ -13,14 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 
 import lq
 import lq.conf
 from lq.cli.main import register_resolvers
-from lq.cli.run import run
-from lq.recipes.digits import DigitsClassifier
+from lq.cli.run import qat_epochs, run
+from lq.recipes.digits import DigitsClassifier, DigitsDataModule
 from wandb_run import history
 
 CONF = Path(next(iter(lq.conf.__path__)))
@@ -310,3 +310,12 @@ def test_an_error_is_one_message_without_a_traceback(tmp_path):
         assert words in result.stderr
         assert "Traceback" not in result.stderr
         assert list(itertools.chain(tmp_path.rglob("*.ckpt"), tmp_path.rglob("*.onnx"))) == []
+
+
+def test_without_a_length_the_fine_tuning_is_a_tenth_of_the_float_training(tmp_path):
+    assert qat_epochs(config(tmp_path, "schedule.epochs=null", "float_epochs=30")) == 3
+    assert qat_epochs(config(tmp_path, "schedule.epochs=7", "float_epochs=30")) == 7
+    trainer = Trainer(max_epochs=20, limit_train_batches=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(DigitsClassifier(), DigitsDataModule())
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    assert qat_epochs(config(tmp_path, "schedule.epochs=null", f"ckpt_path={tmp_path / 'float.ckpt'}")) == 2

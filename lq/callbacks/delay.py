@@ -1,0 +1,58 @@
+"""Fake quantization that begins later in a fit."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lq.callbacks.steps import steps_per_epoch, total_steps
+from lq.nn import QuantModule, TensorQuantizer
+from lq.schedule import Length, to_steps
+from lq.surgery import named_quantizers
+
+
+class QuantDelay(Callback):
+    """Trains in float first: weights are fake-quantized from one step on, activations from another (Krishnamoorthi, 2018,
+    arXiv:1806.08342, section 3.3, delays activations).
+
+    Train batches only: validation always sees the quantized model, so no checkpoint is chosen for an accuracy that it has in
+    float. Statistics for a refresh of amax are taken as ever. A pure function of the step.
+
+    Args:
+        inputs: length until activations are quantized: steps, as a float a share of all steps, or ``"1 epoch"``.
+        weights: until weights are, likewise.
+
+    Raises:
+        ValueError: a length out of range, or a share of an unknown number of steps.
+    """
+
+    def __init__(self, inputs: Length = 0, weights: Length = 0) -> None:
+        for name, value in (("inputs", inputs), ("weights", weights)):
+            to_steps(value, 1, name, 1)
+        self.inputs, self.weights = inputs, weights
+        self._until = (0, 0)
+        self._off: list[TensorQuantizer] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
+        inputs, weights = (to_steps(getattr(self, name), total, name, per_epoch) or 0 for name in ("inputs", "weights"))
+        self._until = (inputs, weights)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        inputs, weights = (trainer.global_step < until for until in self._until)
+        if not inputs and not weights:
+            return
+        of_weights = {m.quantizers()[role] for m in pl_module.modules() if isinstance(m, QuantModule) for role in m.weights()}
+        for _, quantizer in named_quantizers(pl_module):
+            if quantizer._if_quant and (weights if quantizer in of_weights else inputs):
+                quantizer.disable_quant()
+                self._off.append(quantizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._off:
+            self._off.pop().enable_quant()

@@ -1,0 +1,91 @@
+"""A quantized model out of its checkpoint, without a Trainer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lq.checkpoint import read_checkpoint
+from lq.descriptor import Rules, resolve_rules
+from lq.nn.convert import to_quantized_
+from lq.nn.fast_paths import leave_fast_paths_
+from lq.nn.quant_module import QuantModule
+from lq.nn.tensor_quantizer import TensorQuantizer
+from lq.surgery import has_quantized_layers, quantize_
+
+M = TypeVar("M", bound=nn.Module)
+
+# Where a checkpoint has the rules that its quantizers were placed by.
+RULES = "lq_rules"
+
+
+def load_quantized(model: M | type[M], path: str | Path, rules: Rules | None = None, **kwargs: Any) -> M:
+    """The model that a fit with :class:`lq.callbacks.Quantize` left in a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        model: a module, or its class: a ``LightningModule`` is built with the hyperparameters in the checkpoint.
+        path: a Lightning checkpoint, or a state dict.
+        rules: what the quantizers were placed by; the checkpoints of ``Quantize`` have it.
+        kwargs: for the class.
+
+    Raises:
+        ValueError: the file cannot be read, is of a float model, has no rules, or does not fit the model.
+
+    >>> import tempfile, torch, lq
+    >>> fitted = lq.quantize_(nn.Sequential(nn.Linear(4, 2)), "int8")
+    >>> with lq.calibrating(fitted):
+    ...     _ = fitted(torch.ones(1, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(fitted.state_dict(), f"{folder}/model.pt")
+    ...     loaded = load_quantized(nn.Sequential(nn.Linear(4, 2)), f"{folder}/model.pt", rules="int8")
+    >>> torch.equal(loaded(torch.ones(1, 4)), fitted(torch.ones(1, 4)))
+    True
+    """
+    checkpoint = read_checkpoint(path, "path")
+    state: dict[str, Any] = checkpoint.get("state_dict", checkpoint)
+    if not any(".input_quantizer." in key or "_quantizer._amax" in key or "_quantizer.clip." in key for key in state):
+        raise ValueError(f"`path` {path} has no amax: it is of a float model. Load it into that, and quantize.")
+    rules = rules if rules is not None else checkpoint.get(RULES)
+    if rules is None:
+        raise ValueError(f"`path` {path} does not say which rules its quantizers were placed by: give `rules`.")
+    module = _built(model, path, kwargs)
+    if not has_quantized_layers(module):
+        quantize_(module, rules)
+    _place_factors_(module, state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"`path` {path} does not fit {type(module).__name__} with these rules: {lines[:300]}") from None
+    if stray := [n for n, m in module.named_modules() if isinstance(m, TensorQuantizer) and m._disabled and m.amax is not None]:
+        raise ValueError(f"`path` {path} has an amax for `{stray[0]}` ({len(stray)} in all), which these rules leave in float.")
+    return module.eval()
+
+
+def _built(model: M | type[M], path: str | Path, kwargs: dict[str, Any]) -> M:
+    if not isinstance(model, type):
+        return model
+    if issubclass(model, LightningModule):
+        # quantizers are not placed yet, so their keys are left
+        return model.load_from_checkpoint(path, map_location="cpu", strict=False, **kwargs)
+    return model(**kwargs)
+
+
+def _place_factors_(module: nn.Module, state: dict[str, Any]) -> None:
+    """Layers that SmoothQuant gave a factor, and the rules no quantizer."""
+    for key in state:
+        owner = key.removesuffix(".input_quantizer._pre_quant_scale")
+        if owner != key and not isinstance(layer := module.get_submodule(owner), QuantModule):
+            to_quantized_(layer)
+    leave_fast_paths_(module)
+
+
+def to_plain(rules: Rules) -> list[dict[str, Any]]:
+    """Rules as what ``torch.load(weights_only=True)`` loads, and :func:`lq.quantize_` takes.
+
+    >>> to_plain("int8")[0]["weight"]["axis"]
+    0
+    """
+    return [dataclasses.asdict(rule) for rule in resolve_rules(rules)]
