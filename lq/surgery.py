@@ -87,7 +87,7 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
         raise ValueError(
             f"{type(model).__name__} has no quantizable layer: known are "
             f"{', '.join(c.__name__ for c in QUANT_MODULES)}; others need `lq.nn.register`. A model that is built in "
-            "`setup` or `configure_model` must exist before: build it in `__init__`."
+            "`setup` must exist before: build it in `__init__` or `configure_model`."
         )
     chosen = _choose(resolve_rules(rules), targets)
     for name, rule in chosen.items():

@@ -1,7 +1,7 @@
 """How much each quantizer cuts off, and how much noise it adds, measured while batches run through the model."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,34 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lq.functional.fake_quant import quantize, widened
+from lq.functional.grid import integer_bounds
 from lq.nn import TensorQuantizer
 from lq.surgery import named_quantizers
+
+# The widest integer whose codes are told apart: wider ones have too many for a batch to meet.
+CODES_BITS = 12
 
 
 class QuantizerStats:
     """Sums over everything that a quantizer quantized. They stay on its device; only the properties ask for them.
 
+    Args:
+        sample: look at no more than this many values of a tensor, spread evenly over it; ``None`` looks at all.
+        codes: also note which codes occur.
+
     Attributes:
         totals: float64 ``(4,)``: saturated values, values, signal energy, noise energy; ``None`` before the first batch. Sums
             over ranks are the statistics of all ranks.
+        codes: bool ``(codes of the grid,)``: those that occurred; ``None`` if nobody asked, for floats, and for integers of
+            more than 12 bits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sample: int | None = None, codes: bool = False) -> None:
         self.totals: Tensor | None = None
+        self.codes: Tensor | None = None
+        self._sample, self._with_codes = sample, codes
 
     @torch.no_grad()
     def update(self, quantizer: TensorQuantizer, x: Tensor, q: Tensor) -> None:
         """Add the values ``x`` and what they became, ``q``. No host synchronisation."""
-        assert quantizer.clipping is not None
-        # squares of half precision overflow
-        x, q = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, q))
-        outside = quantizer.blocks(x.abs()) > quantizer.clipping
-        if quantizer.unsigned:
-            outside |= quantizer.blocks(x < 0)
+        amax = quantizer.clipping
+        assert amax is not None
+        x, q, (low, high) = quantizer.blocks(x), quantizer.blocks(q), _range(quantizer, amax)
+        if self._sample is not None:
+            (x, q), (low, high, amax) = evenly(self._sample, (x, q), (low, high, amax))
+        x, q = widened(x), widened(q)  # squares of half precision overflow
+        outside = ((x < low) | (x > high)).count_nonzero().double()
         count = torch.full((), x.numel(), dtype=torch.float64, device=x.device)
         energies = (t.square().sum(dtype=torch.float64) for t in (x, x - q))
-        batch = torch.stack([outside.sum(dtype=torch.float64), count, *energies])
+        batch = torch.stack([outside, count, *energies])
         self.totals = batch if self.totals is None else self.totals + batch
+        if self._with_codes:
+            # a learned range is clipped to before rounding
+            self._note_codes(quantizer, x if quantizer.clip is None else x.clamp(low, high), amax)
+
+    def _note_codes(self, quantizer: TensorQuantizer, x: Tensor, amax: Tensor) -> None:
+        desc = quantizer.quant_desc
+        if isinstance(desc.num_bits, tuple) or desc.num_bits > CODES_BITS:
+            return
+        low, high = integer_bounds(desc.num_bits, desc.unsigned, desc.narrow_range)
+        if self.codes is None:
+            self.codes = torch.zeros(high - low + 1, dtype=torch.bool, device=x.device)
+        # not from what came out: in half precision neighbouring codes may give the same value
+        codes = quantize(x.nan_to_num(0.0), amax, desc.num_bits, desc.unsigned, desc.narrow_range)
+        self.codes.scatter_(0, (codes.flatten() - low).long(), True)
 
     def _host(self) -> list[float]:
         totals: list[float] = [0.0] * 4 if self.totals is None else self.totals.tolist()
@@ -50,7 +78,7 @@ class QuantizerStats:
 
     @property
     def saturated(self) -> float:
-        """Share of the values beyond ``amax`` (or below 0, if unsigned), 0 to 1; NaN without values."""
+        """Share of the values beyond ``amax`` (below 0, if unsigned; a learned range), 0 to 1; NaN without values."""
         saturated, values, *_ = self._host()
         return saturated / values if values else math.nan
 
@@ -59,6 +87,52 @@ class QuantizerStats:
         """Signal to quantization noise ratio in dB; infinite without noise, NaN without values."""
         _, values, signal, noise = self._host()
         return decibels(signal, noise) if values else math.nan
+
+
+def _range(quantizer: TensorQuantizer, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Where values are cut off below and above: float32, of the shape of ``amax``."""
+    if quantizer.clip is not None:
+        return quantizer.clip.clip_value_min.detach(), quantizer.clip.clip_value_max.detach()
+    return torch.zeros_like(amax) if quantizer.unsigned else -amax, amax
+
+
+def evenly(limit: int, tensors: Sequence[Tensor], ranges: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """At most ``limit`` values of each tensor, at the same places in all, spread evenly over every dimension.
+
+    The places lie a stride apart that has no divisor in common with any dimension, so that each channel, row and column comes up
+    as often as the next. Without a copy of the tensors, however their dimensions lie in memory, and without a synchronisation.
+
+    Args:
+        limit: values to keep.
+        tensors: of one shape.
+        ranges: what broadcasts to them, all of one shape.
+
+    Returns:
+        ``tensors`` as ``(values,)``, ``ranges`` as ``()`` or ``(values,)``; both as they are if there are no more than ``limit``.
+
+    >>> (x,), (amax,) = evenly(4, [torch.arange(12.0).reshape(2, 6)], [torch.tensor([[1.0], [2.0]])])
+    >>> x.tolist(), amax.tolist()
+    ([0.0, 5.0, 10.0], [1.0, 1.0, 2.0])
+    """
+    first = tensors[0]
+    if first.numel() <= limit:
+        return list(tensors), list(ranges)
+    stride = -(-first.numel() // limit)
+    while math.gcd(stride, first.numel()) > 1:
+        stride += 1
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)  # from slow to fast: then flattening is a view
+    sampled = [t.permute(order).reshape(-1)[::stride] for t in tensors]
+    if ranges[0].numel() == 1:
+        return sampled, [r.reshape(()) for r in ranges]
+    # where in a range's memory the value of each place lies: dimensions that it is broadcast over have a step of 0
+    places = torch.arange(0, first.numel(), stride, device=first.device)
+    index, inner = torch.zeros_like(places), 1
+    steps = ranges[0].contiguous().expand(first.shape).stride()
+    for d in reversed(order):
+        if steps[d]:
+            index += places // inner % first.shape[d] * steps[d]
+        inner *= first.shape[d]
+    return sampled, [r.flatten()[index] for r in ranges]
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -73,7 +147,9 @@ def decibels(signal: float, noise: float) -> float:
 
 
 @contextmanager
-def measuring(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[dict[str, QuantizerStats]]:
+def measuring(
+    model: nn.Module, names: Iterable[str] | None = None, *, sample: int | None = None, codes: bool = False
+) -> Iterator[dict[str, QuantizerStats]]:
     """Measure the quantizers of ``model`` in every forward inside the block.
 
     What counts is what a quantizer rounds, after ``pre_quant_scale``. Forwards in which a quantizer passes its input through, or
@@ -82,6 +158,8 @@ def measuring(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[
     Args:
         model: a model with quantizers.
         names: short names of quantizers, or shell wildcards on them (``*.input``); ``None`` is all.
+        sample: look at no more than this many values of a tensor, spread evenly over it; ``None`` looks at all.
+        codes: also note which codes occur.
 
     Raises:
         ValueError: a name that matches no quantizer.
@@ -96,7 +174,7 @@ def measuring(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[
     (2, 0.5)
     """
     quantizers = _select(dict(named_quantizers(model)), names)
-    stats = {name: QuantizerStats() for name in quantizers}
+    stats = {name: QuantizerStats(sample, codes) for name in quantizers}
     with ExitStack() as hooks:
         for name, quantizer in quantizers.items():
             hooks.callback(quantizer.register_forward_hook(_hook(stats[name])).remove)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lq.callbacks.building import build
 from lq.callbacks.feeding import feed, has_forward
 from lq.callbacks.teacher import (
     Outputs,
@@ -75,6 +76,7 @@ class Distill(Callback):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
+        build(trainer, pl_module)
         kind, automatic = type(pl_module).__name__, pl_module.automatic_optimization
         if not has_forward(pl_module) and (self.layers is None or not automatic):
             raise MisconfigurationException(

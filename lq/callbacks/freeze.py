@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lq.calib import gather
 from lq.calibration import Method, check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
+from lq.callbacks.building import refuse_swa
 from lq.callbacks.steps import steps_per_epoch, total_steps
 from lq.nn import TensorQuantizer
 from lq.schedule import Length, is_observing, is_refresh, to_steps
@@ -68,6 +69,10 @@ class ScaleFreeze(Callback):
         self._frozen: set[TensorQuantizer] = set()
         self._learned: list[nn.Parameter] = []
         self._batchnorms: set[nn.Module] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.freeze_after is not None and self.batchnorm:
+            refuse_swa(trainer, "estimates BatchNorm statistics anew at the end, which ScaleFreeze has frozen by then")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)

@@ -17,6 +17,7 @@ from lq.calib import failing_together, save_statistics
 from lq.calib.statistics import require_safetensors
 from lq.calibration import Method, calibrating, check_options
 from lq.callbacks.best import Best, monitored
+from lq.callbacks.building import averages, averaging_later, build, refuse_sharding
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
 from lq.descriptor import Rules
@@ -115,6 +116,8 @@ class Quantize(Callback):
         feed(pl_module, batch)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_sharding(trainer)
+        build(trainer, pl_module)
         if not has_quantized_layers(pl_module):
             quantize_(pl_module, self.rules)
         for name, quantizer in named_quantizers(pl_module):
@@ -131,7 +134,8 @@ class Quantize(Callback):
         if not pending:
             return
         try:
-            self._prepare(trainer, pl_module)
+            with averaging_later(trainer, pl_module):
+                self._prepare(trainer, pl_module)
             self._keep(trainer, pl_module)
         except BaseException:
             # half of it is nothing: the next fit does it all
@@ -144,6 +148,8 @@ class Quantize(Callback):
             return
         if not trainer.enable_validation:
             raise MisconfigurationException("`keep_best` is True, but the fit has no validation to tell which model is best.")
+        if averages(trainer):
+            raise MisconfigurationException("`keep_best` is True, and WeightAveraging validates another model: use one of them.")
         self.kept = ""
         self._best = Best(*monitored(trainer, self.monitor, self.mode))
         if self._restored:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lq import checkpoint
+from lq.callbacks.building import refuse_swa
 from lq.callbacks.steps import steps_per_epoch, total_steps
 from lq.schedule import Length, cosine_factor, to_steps
 
@@ -48,7 +49,10 @@ class QATSchedule(Callback):
         self._initial: list[list[float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.lr is not None and not pl_module.automatic_optimization:
+        if stage != "fit" or self.lr is None:
+            return
+        refuse_swa(trainer, "sets learning rates of its own, which QATSchedule would overrule")
+        if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} has `automatic_optimization = False`, where the module steps its own schedule: "
                 "use `QATSchedule(lr=None)`, or give `QuantizationAwareTraining` `lr=None`."

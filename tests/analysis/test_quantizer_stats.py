@@ -9,6 +9,7 @@ from torch import nn
 
 import lq
 from lq.analysis import QuantizerStats, measuring, table
+from lq.analysis.quantizer_stats import evenly
 from lq.descriptor import QuantDescriptor
 from lq.nn import TensorQuantizer
 
@@ -102,6 +103,151 @@ def test_half_precision_is_measured_in_float32():
     stats = measure(TensorQuantizer(QuantDescriptor(amax=270.0)), x)
     assert stats.saturated == 1.0
     assert stats.sqnr_db == pytest.approx(20, abs=1e-3)
+
+
+def test_a_learned_range_saturates_where_it_clips():
+    quantizer = TensorQuantizer(QuantDescriptor(amax=2.0, learn_amax=True))
+    quantizer.clip.clip_value_min.data.fill_(-1.0)
+    stats = measure(quantizer, torch.tensor([-1.5, -0.5, 0.0, 1.5]))
+    assert stats.saturated == 0.25
+
+
+# Codes
+
+
+def codes(desc, x, **options):
+    quantizer = TensorQuantizer(QuantDescriptor(**desc))
+    model = nn.Sequential(quantizer)
+    with measuring(model, codes=True, **options) as stats:
+        model(x)
+    return quantizer, stats["0"].codes
+
+
+@pytest.mark.parametrize(
+    ("desc", "values", "grid", "used"),
+    [
+        ({"num_bits": 4, "amax": 7.0}, [-9, -7, 0.2, 0.4, 1, 1.4, 3], 15, {-7, 0, 1, 3}),
+        ({"num_bits": 4, "amax": 7.0, "narrow_range": False}, [-9, -7, 7], 16, {-8, -7, 7}),
+        ({"num_bits": 4, "amax": 15.0, "unsigned": True}, [0, 14.6, 30], 16, {0, 15}),
+        ({"num_bits": 4, "amax": 7.0, "fake_quant": False}, [2.2, -2.2], 15, {2, -2}),
+        ({"num_bits": 4, "amax": 7.0, "learn_amax": True}, [-9, 0], 15, {-7, 0}),
+    ],
+)
+def test_codes_that_occur(desc, values, grid, used):
+    _, seen = codes(desc, torch.tensor(values, dtype=torch.float32))
+    lowest = {15: -7, 16: 0 if desc.get("unsigned") else -8}[grid]
+    assert len(seen) == grid
+    assert {int(i) + lowest for i in seen.nonzero()} == used
+
+
+def test_codes_of_channels_and_blocks_are_those_of_their_own_amax():
+    x = torch.tensor([[7.0, 7.0, 2.0, 2.0], [56.0, 56.0, 16.0, 16.0]])
+    for desc in ({"axis": 0}, {"axis": 0, "block_size": 2}):
+        quantizer = TensorQuantizer(QuantDescriptor(num_bits=4, **desc))
+        quantizer.collect(x)
+        quantizer.load_calib_amax()
+        model = nn.Sequential(quantizer)
+        with measuring(model, codes=True) as stats:
+            model(x)
+        expected = {7, 2} if "block_size" not in desc else {7}
+        assert {int(i) - 7 for i in stats["0"].codes.nonzero()} == expected
+
+
+def test_codes_in_a_learned_range_stop_where_it_clips():
+    quantizer = TensorQuantizer(QuantDescriptor(num_bits=4, amax=7.0, learn_amax=True))
+    quantizer.clip.clip_value_min.data.fill_(-2.0)
+    model = nn.Sequential(quantizer)
+    with measuring(model, codes=True) as stats:
+        model(torch.tensor([-6.0, 3.0]))
+    assert {int(i) - 7 for i in stats["0"].codes.nonzero()} == {-2, 3}
+
+
+def test_codes_in_half_precision_are_all_told_apart():
+    # 8 bits of mantissa are too few for the values of 256 codes
+    _, seen = codes({"amax": 200.0, "unsigned": True}, torch.linspace(0, 200, 5000).to(torch.bfloat16))
+    exact = torch.linspace(0, 200, 5000).to(torch.bfloat16).double().div(200 / 255).round().unique()
+    assert seen.sum() == len(exact)
+
+
+@pytest.mark.parametrize("num_bits", [13, (4, 3)])
+def test_floats_and_wide_integers_have_no_codes(num_bits):
+    assert codes({"num_bits": num_bits, "amax": 1.0}, torch.randn(10))[1] is None
+
+
+def test_codes_of_what_is_not_a_number():
+    _, seen = codes({"num_bits": 4, "amax": 7.0}, torch.tensor([math.nan, math.inf, 3.0]))
+    assert {int(i) - 7 for i in seen.nonzero()} == {0, 3, 7}
+
+
+# Samples
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 2, 0)], ids=str)
+@pytest.mark.parametrize("axis", [None, 0, 1, (0, 2)])
+def test_a_sample_is_bounded_and_each_value_meets_the_amax_of_its_channel(order, axis):
+    quantizer = TensorQuantizer(QuantDescriptor(axis=axis))
+    shape = [n if d in np.atleast_1d(axis) else 1 for d, n in enumerate((6, 8, 10, 12))] if axis is not None else []
+    quantizer.amax = torch.rand(shape) + 0.5
+    # dimensions from slow to fast in memory: channels_last is the second order
+    at_amax = quantizer.amax.expand(6, 8, 10, 12).permute(order).contiguous().permute(np.argsort(order).tolist())
+    model = nn.Sequential(quantizer)
+    for x, saturated in ((at_amax, 0.0), (at_amax * 1.0001, 1.0)):
+        with measuring(model, sample=1000) as stats:
+            model(x)
+        assert stats["0"].saturated == saturated
+        assert 500 < stats["0"].values <= 1000
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 2, 0)], ids=str)
+def test_a_sample_is_no_copy(order):
+    x = torch.randn(6, 8, 10, 12).permute(order).contiguous().permute(np.argsort(order).tolist())
+    (sampled,), _ = evenly(100, [x], [torch.ones(())])
+    assert sampled.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_a_sample_of_blocks_meets_their_amax():
+    quantizer = TensorQuantizer(QuantDescriptor(num_bits=4, axis=0, block_size=8))
+    quantizer.amax = torch.rand(50, 4, 1) + 0.5
+    model = nn.Sequential(quantizer)
+    with measuring(model, sample=300, codes=True) as stats:
+        model(quantizer.amax.expand(50, 4, 8).reshape(50, 32))
+    assert stats["0"].saturated == 0
+    assert stats["0"].values <= 300
+    assert {int(i) - 7 for i in stats["0"].codes.nonzero()} == {7}
+
+
+def test_a_sample_looks_at_every_channel_alike():
+    # an outlier in one of many channels, in a tensor whose size is a power of 2
+    x = torch.zeros(8, 64, 256)
+    x[..., 77] = 5.0
+    quantizer = TensorQuantizer(QuantDescriptor(amax=1.0))
+    model = nn.Sequential(quantizer)
+    with measuring(model, sample=2**14) as stats:
+        model(x)
+    assert stats["0"].saturated == pytest.approx(1 / 256, rel=0.05)
+
+
+def test_a_sample_estimates_all():
+    x = torch.randn(40, 3, 25, 25)
+    quantizer = TensorQuantizer(QuantDescriptor(num_bits=4, amax=1.5))
+    model = nn.Sequential(quantizer)
+    with measuring(model) as whole, measuring(model, sample=8000) as part:
+        model(x)
+    assert whole["0"].values == x.numel()
+    assert part["0"].saturated == pytest.approx(whole["0"].saturated, rel=0.1)
+    assert part["0"].sqnr_db == pytest.approx(whole["0"].sqnr_db, abs=0.3)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_nothing_is_asked_of_the_device(axis):
+    # tensors without data raise where anybody looks at them
+    with torch.device("meta"):
+        quantizer = TensorQuantizer(QuantDescriptor(axis=axis))
+        quantizer._amax = torch.ones([40, 1] if axis == 0 else [])
+        stats, x = QuantizerStats(sample=100, codes=True), torch.ones(40, 30)
+        stats.update(quantizer, x, x)
+    assert stats.totals.shape == (4,)
+    assert stats.codes.shape == (255,)
 
 
 @pytest.fixture

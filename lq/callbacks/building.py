@@ -1,0 +1,55 @@
+"""Models that Lightning builds late, and copies that it builds early."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+
+def build(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Have the model exist already in a callback's ``setup``, also if ``configure_model`` builds it.
+
+    Lightning calls that hook after ``setup``, and a second time then: it asks for a hook that can be called again.
+    """
+    if is_overridden("configure_model", pl_module):
+        _call_configure_model(trainer)
+
+
+def refuse_sharding(trainer: Trainer) -> None:
+    """Raise ``MisconfigurationException`` for strategies that split parameters: amax of a weight is that of all of it."""
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"`strategy` is {type(trainer.strategy).__name__}, which splits weights over devices, but the amax of a weight is "
+            "that of the whole: use 'ddp'."
+        )
+
+
+def averages(trainer: Trainer) -> list[WeightAveraging]:
+    """Callbacks that average the weights of the fit."""
+    return [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+
+
+def refuse_swa(trainer: Trainer, why: str) -> None:
+    """Raise ``MisconfigurationException`` if the fit has a ``StochasticWeightAveraging``."""
+    if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(f"StochasticWeightAveraging {why}. Use WeightAveraging, which leaves both alone.")
+
+
+@contextmanager
+def averaging_later(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """There is no average in the block; afterwards it begins with the module as it is then, with all its scales.
+
+    Lightning copies the module in ``setup``, and puts the copy in its place for each validation.
+    """
+    for callback in averages(trainer):
+        callback._average_model = None
+    try:
+        yield
+    finally:
+        for callback in averages(trainer):
+            callback.setup(trainer, pl_module, "fit")
