@@ -35,7 +35,7 @@ class ExactResume(Callback):
         self._order: dict[str, Any] | None = None
         self._validation: dict[str, Any] | None = None
         self._later: dict[str, Any] | None = None
-        self._started = False
+        self._started = self._between = False
         self._restored: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,7 +60,6 @@ class ExactResume(Callback):
             )
             return
         mine = restored[trainer.global_rank]
-        # at the end of an epoch Lightning starts the loaders itself, after this
         if (done := _batches_done(trainer)) and not _keeps_its_place(trainer):
             self._epoch, self._order = mine["epoch"], mine["order"]
             _start(trainer, self._epoch, self._order, done)
@@ -69,16 +68,21 @@ class ExactResume(Callback):
         self._started = bool(done)
         set_random_numbers(mine["now"])
         if not done:
-            self._epoch, self._order = mine["now"], None
+            self._epoch, self._order, self._between = mine["now"], None, not _keeps_its_place(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._started:
+        if self._between:
+            # behind an epoch Lightning starts the loaders too early; behind the last batch of one, this hook is not called
+            self._between = False
+            iter(_fetcher(trainer))
+        elif not self._started:
             self._epoch, self._order = random_numbers(), None
         elif self._order is None and trainer.current_epoch == 0:
             self._order = random_numbers()
         self._started = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._between = False
         if self._later is not None:
             set_random_numbers(self._later)
             self._later = None

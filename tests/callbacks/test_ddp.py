@@ -84,3 +84,37 @@ def test_learned_scales_freeze_under_ddp(tmp_path):
     two = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*two, rtol=0, atol=0)
     assert two[0]["net.0.input"] != 1
+
+
+class OnlyRank0(Quantize):
+    """The calibration batches of the other rank never reach the model."""
+
+    def calibration_step(self, pl_module, batch):
+        if pl_module.global_rank == 0:
+            super().calibration_step(pl_module, batch)
+
+
+class Rank1Fails(Quantize):
+    def calibration_step(self, pl_module, batch):
+        if pl_module.global_rank == 1:
+            raise KeyError("a bad sample")
+        super().calibration_step(pl_module, batch)
+
+
+def spawn(folder, quantize):
+    callbacks = [QuantizationAwareTraining(quantize=quantize), Keep(folder)]
+    trainer(folder, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2).fit(Tiny(), loader())
+    return [torch.load(folder / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_a_rank_without_a_calibration_batch_has_the_scales_of_the_other(tmp_path, alpha):
+    torch.testing.assert_close(*spawn(tmp_path, OnlyRank0(alpha=alpha)), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_a_rank_that_fails_in_calibration_stops_both_with_its_message(tmp_path, alpha):
+    with pytest.raises(Exception, match="a bad sample"):
+        spawn(tmp_path, Rank1Fails(alpha=alpha))

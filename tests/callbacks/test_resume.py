@@ -84,6 +84,22 @@ def test_resume_at_any_batch_is_bit_identical(tmp_path, whole, step):
     assert (tmp_path / "curves.txt").read_text().splitlines() == (folder / "curves.txt").read_text().splitlines()[step:]
 
 
+@pytest.mark.parametrize("validation", [True, False])
+def test_resume_at_the_end_of_an_epoch_is_bit_identical(tmp_path, validation):
+    def run(folder, ckpt_path=None):
+        seed_everything(1, verbose=False)
+        model = Tiny()
+        keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        fit = trainer(folder, QuantizationAwareTraining(lr=1.0), keep, max_epochs=3, enable_checkpointing=True)
+        fit.fit(model, DataLoader(Noisy(), 4, shuffle=True), loader() if validation else None, ckpt_path=ckpt_path)
+        return model.state_dict()
+
+    whole = run(tmp_path / "a")
+    for epoch in (0, 1):
+        resumed = run(tmp_path / f"b{epoch}", tmp_path / "a" / f"epoch={epoch}.ckpt")
+        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_workers_that_augment_draw_what_they_would_have(tmp_path):
     model = fit(tmp_path / "a", workers=1, epochs=2)
