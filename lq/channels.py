@@ -158,7 +158,8 @@ def _multiplied(flow: Flow, call: Call, carried: dict[int, Tensor]) -> Handed | 
     """One operand of a product, as the gate's other one in a gated MLP: of two, the second. A denominator never passes."""
     value = call.inputs[0] if call.target in QUOTIENTS else next(v for v in reversed(call.inputs) if v in carried)
     shape = flow.shape[call.outputs[0]]
-    if value not in carried or call.inputs.count(value) > 1 or flow.shape[value] != shape:
+    rounds = call.arguments is None or call.arguments[1].get("rounding_mode") is not None
+    if rounds or value not in carried or call.inputs.count(value) > 1 or flow.shape[value] != shape:
         return None
     return [value], [carried[value]]
 
