@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lq.callbacks.steps import steps_per_epoch, total_steps
+from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
 from lq.nn import QuantModule, TensorQuantizer
 from lq.schedule import Length, to_steps
 from lq.surgery import named_quantizers
@@ -38,7 +38,7 @@ class QuantDelay(Callback):
         self._until = (inputs, weights)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        inputs, weights = (trainer.global_step < until for until in self._until)
+        inputs, weights = (step_of(trainer) < until for until in self._until)
         if not inputs and not weights:
             return
         of_weights = {m.quantizers()[role] for m in pl_module.modules() if isinstance(m, QuantModule) for role in m.weights()}

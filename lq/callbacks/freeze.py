@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lq.calib import gather
 from lq.calibration import Method, check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
 from lq.callbacks.building import refuse_swa
-from lq.callbacks.steps import steps_per_epoch, total_steps
+from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
 from lq.nn import TensorQuantizer
 from lq.schedule import Length, is_observing, is_refresh, to_steps
 from lq.surgery import freeze_, named_quantizers
@@ -27,7 +27,8 @@ class ScaleFreeze(Callback):
     statistics of an observation that is not over, of each rank, so resuming keeps the clock. What is learned (PACT, LSQ) is not
     refreshed, and is frozen with the others.
 
-    Lengths are whole numbers of optimizer steps, floats for a share of all steps, or texts for epochs: ``"2 epochs"``.
+    Lengths are whole numbers of optimizer steps (of train batches, where the module steps by hand), floats for a share of all of
+    them, or texts for epochs: ``"2 epochs"``.
 
     Args:
         refresh_every: length between refreshes; ``None`` or 0 never refreshes.
@@ -91,7 +92,7 @@ class ScaleFreeze(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
+        step = step_of(trainer)
         if self._freeze is not None and step >= self._freeze:
             self._freeze_all(pl_module)
         elif is_observing(step, self._every, self.observe, self._freeze):
@@ -104,7 +105,7 @@ class ScaleFreeze(Callback):
             return
         stop_observing_(pl_module)
         # before a checkpoint of this step is written, because ModelCheckpoint comes last
-        if is_refresh(trainer.global_step, self._every):
+        if is_refresh(step_of(trainer), self._every):
             merge_statistics_(pl_module)
             # a layer that the model did not call lately keeps its amax
             load_calib_amax_(pl_module, self.method, momentum=self.momentum, strict=False, **self.method_options)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lq import checkpoint
 from lq.callbacks.building import refuse_swa
-from lq.callbacks.steps import steps_per_epoch, total_steps
+from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
 from lq.schedule import Length, cosine_factor, to_steps
 
 
@@ -19,7 +19,8 @@ class QATSchedule(Callback):
 
     NVIDIA's recipe: fine-tune for about 10 % of the original epochs, from 1 % of the original learning rate down to 1 % of it.
     The rate is a pure function of the step, written into every parameter group before each batch, so resuming needs no state. A
-    scheduler of the module's own is overruled, with a warning.
+    scheduler of the module's own is overruled, with a warning. Of several optimizers, each starts from its own rates; where the
+    module steps them by hand, steps are train batches.
 
     Put a ``LearningRateMonitor`` behind this callback, so that it sees the rate that is used.
 
@@ -32,7 +33,7 @@ class QATSchedule(Callback):
 
     Raises:
         ValueError: a share outside its range, or a checkpoint without learning rates.
-        MisconfigurationException: manual optimization, or a fit without an end.
+        MisconfigurationException: a fit without an end, or with StochasticWeightAveraging.
     """
 
     def __init__(
@@ -52,11 +53,6 @@ class QATSchedule(Callback):
         if stage != "fit" or self.lr is None:
             return
         refuse_swa(trainer, "sets learning rates of its own, which QATSchedule would overrule")
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} has `automatic_optimization = False`, where the module steps its own schedule: "
-                "use `QATSchedule(lr=None)`, or give `QuantizationAwareTraining` `lr=None`."
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.lr is None:
@@ -92,7 +88,7 @@ class QATSchedule(Callback):
         if self.lr is None:
             return
         warmup = to_steps(self.warmup, self._total, "warmup", steps_per_epoch(trainer)) or 0
-        factor = self.lr * cosine_factor(trainer.global_step, self._total, final=self.final, warmup=warmup)
+        factor = self.lr * cosine_factor(step_of(trainer), self._total, final=self.final, warmup=warmup)
         for optimizer, rates in zip(trainer.optimizers, self._initial, strict=True):
             # groups that came later (layers that a fine-tuning callback unfroze) start from the rate they came with
             rates += [group["lr"] for group in optimizer.param_groups[len(rates) :]]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
-from lq.callbacks import QATSchedule, Quantize
+from lq.callbacks import Quantize
 from lq.checkpoint import Original, original, read_checkpoint
 from lq.cli.deploy import Deployment, deploy, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
@@ -117,11 +116,6 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
             f"{type(model).__name__} needs a `validation_step`, and {type(data).__name__} a `val_dataloader`: `lq` measures each "
             "stage with them. The callbacks alone do without."
         )
-    for callback in callbacks.values():
-        if isinstance(callback, QATSchedule) and callback.lr is not None and not model.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(model).__name__} has `automatic_optimization = False` and steps its own schedule: set schedule.lr=null."
-            )
     quantized = quantize_(copy.deepcopy(model), quantize.rules)
     if cfg.export.format not in (None, "onnx"):
         raise ValueError(f"`export.format` is {cfg.export.format!r}: choose onnx or null.")

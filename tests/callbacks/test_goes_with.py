@@ -204,9 +204,7 @@ class Adversarial(Tiny):
 
 
 def test_several_optimizers_by_hand(tmp_path):
-    fit(tmp_path, Adversarial(), qat=QuantizationAwareTraining(lr=None))
-    with pytest.raises(MisconfigurationException, match="automatic_optimization = False"):
-        fit(tmp_path, Adversarial())
+    fit(tmp_path, Adversarial())
 
 
 def test_by_hand_without_forward_calibration_is_the_users(tmp_path):

@@ -96,11 +96,44 @@ def test_the_monitor_behind_it_logs_the_rate_that_is_used(tmp_path):
     assert logged == pytest.approx(list(record.lr.values()))
 
 
-def test_manual_optimization_and_endless_fits_are_refused(tmp_path):
-    manual = Tiny()
-    manual.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match=r"lr=None"):
-        trainer(tmp_path, QATSchedule()).fit(manual, loader())
+class ByHand(Tiny):
+    """Two optimizers with schedulers, all stepped in ``training_step``."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.SGD(self.net[i].parameters(), lr) for i, lr in ((0, 0.5), (4, 0.2))]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(optimizer, 1) for optimizer in optimizers]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(self(batch[0]).square().mean())
+            optimizer.step()
+            scheduler.step()
+
+
+def test_stepped_by_hand_each_optimizer_follows_from_its_own_rate_batch_by_batch(tmp_path):
+    rates, amaxs = [], []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            amaxs.append(pl_module.net[0].input_quantizer.amax.item())
+
+    freeze = ScaleFreeze(3, observe=1, freeze_after="1 epoch")
+    with pytest.warns(UserWarning, match="QATSchedule overrules the learning rates of StepLR, StepLR"):
+        trainer(tmp_path, Quantize(alpha=None), QATSchedule(), freeze, Look(), max_epochs=2).fit(ByHand(), loader())
+    expected = [0.01 * cosine_factor(step, 16) for step in range(16)]
+    assert rates == [pytest.approx([0.5 * factor, 0.2 * factor]) for factor in expected]
+    assert [i + 1 for i in range(1, 16) if amaxs[i] != amaxs[i - 1]] == [3, 6]
+
+
+def test_endless_fits_are_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="max_epochs"):
         trainer(tmp_path, QATSchedule(), max_epochs=-1).fit(Tiny(), loader())
 

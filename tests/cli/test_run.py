@@ -12,7 +12,6 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from omegaconf import OmegaConf
 
@@ -294,12 +293,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=r"output_dir.*file"):
         run(config(tmp_path / "file" / "out", *QUICK))
-
-
-def test_manual_optimization(tmp_path, monkeypatch, float_weights):
-    monkeypatch.setattr(DigitsClassifier, "automatic_optimization", False)
-    with pytest.raises(MisconfigurationException, match="automatic_optimization"):
-        run(config(tmp_path, *QUICK, f"ckpt_path={float_weights}", "logger=none"))
 
 
 @pytest.mark.slow
