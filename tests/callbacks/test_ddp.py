@@ -118,3 +118,14 @@ def test_a_rank_without_a_calibration_batch_has_the_scales_of_the_other(tmp_path
 def test_a_rank_that_fails_in_calibration_stops_both_with_its_message(tmp_path, alpha):
     with pytest.raises(Exception, match="a bad sample"):
         spawn(tmp_path, Rank1Fails(alpha=alpha))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_ranks_agree_in_low_precision_with_accumulation(tmp_path, precision):
+    options = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    callbacks = [QuantizationAwareTraining(), Keep(tmp_path)]
+    trainer(tmp_path, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2, **options).fit(Tiny(), loader())
+    two = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(*two, rtol=0, atol=0)
+    assert all(amax.dtype == torch.float32 and bool(amax.isfinite().all()) for amax in two[0].values())
