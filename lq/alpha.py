@@ -1,6 +1,5 @@
 """SmoothQuant's migration strength: given, given by name, or the one with the least error at the layers' outputs."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -93,22 +92,20 @@ def search_alphas(
 ) -> list[float | None]:
     """What ``"auto"`` finds for each group, with the samples of all ranks; ``None`` for one that is better left.
 
-    A layer whose channels belong to several groups is looked at with the factors that the others have, so those have two turns.
+    A layer whose channels belong to several groups is looked at with the factors that the others have so far.
     """
     ranges = [group.ranges(input_amax) for group in groups]
     present = {module: torch.ones_like(input_amax[module]) for group in groups for module, _ in group.layers}
     for group, found in zip(groups, ranges, strict=True):
         _put(present, group, smooth_factors(*found, START))
-    chosen: list[float | None] = [START] * len(groups)
-    owners = Counter(module for group in groups for module, _ in group.layers)
-    for turn in range(2):
-        for i, group in enumerate(groups):
-            if turn == 0 or any(owners[module] > 1 for module, _ in group.layers):
-                candidates = [*(smooth_factors(*ranges[i], alpha) for alpha in GRID), torch.ones_like(ranges[i][0])]
-                errors = _group_errors(group, candidates, present, input_amax, samples)
-                # the ranks saw other samples, and must choose the same
-                chosen[i] = best_alpha(torch.stack(gather(errors)).sum(dim=0), folded=group.producer is not None)
-                _put(present, group, candidates[-1 if (best := chosen[i]) is None else GRID.index(best)])
+    chosen = []
+    for group, found in zip(groups, ranges, strict=True):
+        candidates = [*(smooth_factors(*found, alpha) for alpha in GRID), torch.ones_like(found[0])]
+        errors = _group_errors(group, candidates, present, input_amax, samples)
+        # the ranks saw other samples, and must choose the same
+        best = best_alpha(torch.stack(gather(errors)).sum(dim=0), folded=group.producer is not None)
+        _put(present, group, candidates[-1 if best is None else GRID.index(best)])
+        chosen.append(best)
     return chosen
 
 

@@ -56,7 +56,7 @@ def test_auto_takes_the_alpha_with_the_least_error_at_the_output(bits):
 
 def test_the_range_is_that_of_all_batches_though_the_samples_are_few():
     model, batches = model_of(nn.Identity(), nn.Linear(8, 6, bias=False)), [outliers() for _ in range(4)]
-    loud = outliers() * torch.tensor([1, 1, 1, 1, 30.0, 1, 1, 1])  # no sample is taken from the fifth batch
+    loud = outliers() * torch.tensor([1, 1, 1, 1, 3000.0, 1, 1, 1])  # no sample is taken from the fifth batch
     calibrator = lq.RescalingCalibrator(model)
     for x in (*batches, loud):
         calibrator(x)
@@ -65,6 +65,8 @@ def test_the_range_is_that_of_all_batches_though_the_samples_are_few():
     weight = model[1].weight.detach().double().numpy()
     errors = [error(torch.cat(batches).double().numpy(), weight, alpha, 8, peaks) for alpha in GRID]
     assert errors[GRID.index(calibrator.groups[0].alpha)] <= min(errors) * 1.001
+    of_samples = [error(torch.cat(batches).double().numpy(), weight, alpha, 8) for alpha in GRID]
+    assert errors[of_samples.index(min(of_samples))] > min(errors) * 1.001
 
 
 def test_groups_that_share_a_layer_are_looked_at_together():

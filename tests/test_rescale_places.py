@@ -251,6 +251,42 @@ def test_rows_that_go_elsewhere_too_stay_as_they_are():
     assert not torch.equal(after.qkv.bias[2 * E :], model.qkv.bias[2 * E :])
 
 
+def test_of_two_that_could_take_a_factor_one_does():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.gamma, self.out = nn.LayerNorm(E), nn.Parameter(torch.rand(E) + 0.5), nn.Linear(E, 2)
+
+        def forward(self, x):
+            return self.out(self.norm(x) * self.gamma)
+
+    model, x = Scaled().double().eval(), tokens()
+    calibrator = lq.RescalingCalibrator(model, args=(x,))
+    torch.testing.assert_close(calibrator.rescale(0.5)(x), model(x), rtol=1e-10, atol=1e-10)
+    assert [group.consumers for group in calibrator.groups] == [("out",)]
+
+
+def test_rows_whose_scales_are_frozen_take_no_factor():
+    model, x = nn.Sequential(nn.Linear(E, E), nn.ReLU(), nn.Linear(E, 2)).eval(), tokens().float()
+    lq.quantize_(model)
+    with lq.calibrating(model):
+        model(x)
+    before = model[0].weight.clone()
+    lq.freeze_(model[0])
+    calibrator = lq.RescalingCalibrator(model, args=(x,), inplace=True)
+    calibrator.rescale(0.5)
+    assert [(group.consumers, group.action) for group in calibrator.groups] == [(("2",), INSERTED)]
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_second_rescaling_sees_what_meets_the_weight():
+    model, x = nn.Sequential(nn.GELU(), nn.Linear(E, 2)).double().eval(), tokens()
+    first = lq.RescalingCalibrator(model, args=(x,))
+    second = lq.RescalingCalibrator(first.rescale(0.5), args=(x,))
+    torch.testing.assert_close(second.rescale(0.5)(x), model(x), rtol=1e-6, atol=1e-6)
+    assert second.groups[0].input_amax[0] == pytest.approx(first.groups[0].input_amax[1], rel=1e-6)
+
+
 def test_an_excluded_producer_is_left():
     model, x = spread(Gated()), tokens()
     calibrator = lq.RescalingCalibrator(model, args=(x,), excluded_modules=["norm", "up"])

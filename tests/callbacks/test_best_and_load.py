@@ -1,6 +1,7 @@
 """The best model is kept, and loads without a Trainer."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import lq
 from lq.callbacks import QATSchedule, QuantDelay, QuantizationAwareTraining, Quantize, ScaleFreeze
+from lq.callbacks.best import Best
 from lq.checkpoint import Original, original
 from tiny import Tiny, loader, trainer
 
@@ -79,6 +81,25 @@ def test_the_best_model_so_far_survives_a_resume(tmp_path):
     model, quantize, run = fit(tmp_path, Spoil(), ckpt_path=tmp_path / "epoch=0.ckpt", enable_checkpointing=True, max_epochs=2)
     assert quantize.kept in ("calibrated", "rescaled")
     assert val_loss(run, model) == pytest.approx(quantize.stages[quantize.kept]["val_loss"])
+
+
+def test_the_calibrated_model_comes_back_without_the_factors_that_came_later():
+    model, x = Tiny(batchnorm=False).eval(), torch.randn(16, 6) * torch.tensor([1, 40, 1, 1, 1, 1.0])
+    lq.quantize_(model)
+    with lq.calibrating(model):
+        model(x)
+    expected = model(x)
+    best = Best("loss", "min")
+    run = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value))
+    best.offer(run, model, "calibrated", {"loss": 1.0})
+    lq.RescalingCalibrator(model, args=(x,), inplace=True).rescale(0.5)
+    with lq.calibrating(model):
+        model(x)
+    assert model.net[0].input_quantizer.pre_quant_scale is not None
+    best.offer(run, model, "rescaled", {"loss": 2.0})
+    best.restore(model)
+    assert best.stage == "calibrated"
+    assert torch.equal(model(x), expected)
 
 
 def test_what_keep_best_needs_is_said(tmp_path):
