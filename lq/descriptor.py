@@ -211,6 +211,10 @@ INT4_BLOCKS = QuantDescriptor(num_bits=4, axis=0, block_size=128)
 
 PRESETS: dict[str, list[QuantRule]] = {
     "int8": [QuantRule("*", INT8_INPUT, INT8_WEIGHT)],
+    "int8_attention": [
+        QuantRule("*", INT8_INPUT, INT8_WEIGHT),
+        QuantRule("*", INT8_INPUT, types=("QuantMatmul", "QuantScaledDotProductAttention")),
+    ],
     "int8_per_tensor": [QuantRule("*", INT8_INPUT, INT8_WEIGHT.replace(axis=None))],
     "int8_weight_only": [QuantRule("*", None, INT8_WEIGHT)],
     "fp8": [QuantRule("*", FP8, FP8)],

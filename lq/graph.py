@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lq.nn.branches import branching, choose
 from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import QUANT_MODULES, QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
@@ -78,12 +79,14 @@ class Flow:
         shape: of each value.
         returned: values that the model returned.
         parameters: parameters that functions took, outside of leaf modules, by the values they are.
+        entered: modules that are no leaves, once for each of their runs.
     """
 
     calls: list[Call] = field(default_factory=list)
     shape: dict[int, torch.Size] = field(default_factory=dict)
     returned: set[int] = field(default_factory=set)
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    entered: list[nn.Module] = field(default_factory=list)
 
     def calls_of(self, module: nn.Module) -> list[Call]:
         """Calls of a module."""
@@ -148,8 +151,25 @@ class _Tracer(TorchFunctionMode):
             self.record(name, taken, output, func, arguments)
         return output
 
+    def cond(self, pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
+        """``torch.cond`` as one call that nobody looks into: the branch that does not run takes values too."""
+        captured = [cell.cell_contents for fn in (true_fn, false_fn) for cell in getattr(fn, "__closure__", None) or ()]
+        taken = tuple(self.value(t) for t in tensors_in((pred, operands, captured)))
+        self.inside += 1
+        try:
+            output = choose(pred, true_fn, false_fn, operands)
+        finally:
+            self.inside -= 1
+        if not self.inside:
+            self.record("cond", taken, output)
+        return output
+
     def enter(self, module: nn.Module) -> list[RemovableHandle]:
         """Know what is called by the code of ``module``."""
+
+        def come(module: nn.Module, args: Any) -> None:
+            self.owners.append(module)
+            self.flow.entered.append(module)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             # where an error was caught by the model's code, modules inside were never left
@@ -157,7 +177,7 @@ class _Tracer(TorchFunctionMode):
                 pass
 
         return [
-            module.register_forward_pre_hook(lambda module, args: self.owners.append(module)),
+            module.register_forward_pre_hook(come),
             module.register_forward_hook(leave),
         ]
 
@@ -225,7 +245,7 @@ def tracing(model: nn.Module) -> Iterator[Flow]:
         for module in modules:
             handles += tracer.attach(module) if is_leaf(module) else tracer.enter(module)
         handles.append(model.register_forward_hook(leave))
-        with tracer:
+        with tracer, branching(tracer.cond):
             yield flow
     finally:
         for handle in handles:

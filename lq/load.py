@@ -19,13 +19,16 @@ M = TypeVar("M", bound=nn.Module)
 
 # Where a checkpoint has the rules that its quantizers were placed by.
 RULES = "lq_rules"
+# ... and for which target.
+TARGET = "lq_target"
 
 
 def load_quantized(model: M | type[M], path: str | Path, rules: Rules | None = None, **kwargs: Any) -> M:
     """The model that a fit with :class:`lq.callbacks.Quantize` left in a checkpoint, in evaluation mode, on the CPU.
 
     Args:
-        model: a module, or its class: a ``LightningModule`` is built with the hyperparameters in the checkpoint.
+        model: a module, or its class: a ``LightningModule`` is built with the hyperparameters in the checkpoint. Of a fit with
+            a ``target`` it needs an ``example_input_array``, or to be quantized already.
         path: a Lightning checkpoint, or a state dict.
         rules: what the quantizers were placed by; the checkpoints of ``Quantize`` have it.
         kwargs: for the class.
@@ -52,7 +55,7 @@ def load_quantized(model: M | type[M], path: str | Path, rules: Rules | None = N
         raise ValueError(f"`path` {path} does not say which rules its quantizers were placed by: give `rules`.")
     module = _built(model, path, kwargs)
     if not has_quantized_layers(module):
-        quantize_(module, rules)
+        quantize_(module, rules, target=checkpoint.get(TARGET))
     _place_factors_(module, state)
     try:
         module.load_state_dict(state)

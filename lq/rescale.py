@@ -31,7 +31,7 @@ from lq.nn.input_channels import (
     scale_input_channels_,
     without_factors,
 )
-from lq.nn.quant_module import QuantInputMixin
+from lq.nn.quant_module import QuantInputMixin, QuantModule
 from lq.producers import divide_
 from lq.surgery import has_quantized_layers, unquantized
 
@@ -245,6 +245,8 @@ class RescalingCalibrator:
         for module, index in group.layers:
             forget_amax_(module)
             mine = spread(factors, index)
+            if group.producer is None:
+                _keep_to_itself_(self.model, module)
             scale_input_channels_(module, mine if group.producer else _insert_(module, mine))
         divide_(group.parameters, factors)
         if group.producer is not None:
@@ -293,6 +295,16 @@ def _channel_amax(x: Tensor, dim: int) -> Tensor:
         return x.new_zeros(x.shape[dim])
     others = [i for i in range(x.dim()) if i != dim]
     return torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()
+
+
+def _keep_to_itself_(model: nn.Module, module: nn.Module) -> None:
+    """Give a module a copy of an input quantizer that others share: a factor makes its input another tensor."""
+    if not isinstance(module, QuantInputMixin):
+        return
+    own = module.input_quantizer
+    holders = [q for m in model.modules() if isinstance(m, QuantModule) for q in m.quantizers().values() if q is own]
+    if len(holders) > 1:
+        module.input_quantizer = copy.deepcopy(own)
 
 
 def _insert_(module: nn.Module, factors: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Verbs on a whole model: place quantizers, freeze them, take them out again."""
 
 import difflib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,9 +15,14 @@ from lq.float_operations import float_operations as float_operations
 from lq.functional.blocks import split_blocks
 from lq.nn.convert import float_class_of, is_quantizable, to_float_, to_quantized_
 from lq.nn.elsewhere import register_known
+from lq.nn.example import example_inputs
 from lq.nn.fast_paths import leave_fast_paths_, take_fast_paths_
+from lq.nn.products import remove_products_
 from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantModule
+from lq.nn.residual import leave_shortcuts_
 from lq.nn.tensor_quantizer import TensorQuantizer
+from lq.placement import TARGETS, check_for_tensorrt, place_, place_products_
+from lq.products import named_products
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,23 +62,40 @@ def unquantized(model: nn.Module) -> Iterator[None]:
 # Placing and removing
 
 
-def quantize_(model: M, rules: Rules = "int8") -> M:
+def quantize_(
+    model: M, rules: Rules = "int8", *, target: str | None = None, args: Any = (), kwargs: Mapping[str, Any] | None = None
+) -> M:
     """Put quantizers into ``model``, in place, as the rules say; the last rule that matches a module wins.
 
     Modules keep their identity, parameters and hooks. Until they are calibrated the new quantizers pass their input through,
     so the model still computes what it did.
 
+    With ``target="tensorrt"`` the model runs once, in evaluation, so that quantizers are where TensorRT's fused kernels want them
+    (:mod:`lq.placement`): a residual add behind a quantized convolution gets one on its shortcut, ``<convolution>.residual``,
+    and layers that take one tensor, as it is or concatenated with others, share one. Where a rule names
+    ``QuantScaledDotProductAttention`` or ``QuantMatmul`` in its ``types``, as the preset ``int8_attention`` does, the products of
+    two activations that a ``forward`` computes by functions are such modules, children of its own module.
+
     Args:
         model: any module.
-        rules: a preset's name (``int8``, ``int8_per_tensor``, ``int8_weight_only``, ``w4a8``, ``w4a16``,
+        rules: a preset's name (``int8``, ``int8_attention``, ``int8_per_tensor``, ``int8_weight_only``, ``w4a8``, ``w4a16``,
             ``fp8``) or a list of :class:`QuantRule`.
+        target: ``"tensorrt"``; ``"onnxruntime"``, which differs in that both operands of a residual add are quantized,
+            ``<convolution>.branch`` too; or ``None``: inputs and weights of layers only.
+        args: positional inputs of one forward, a tuple or the only one, with a target; by default the model's
+            ``example_input_array``, as a ``LightningModule`` has it.
+        kwargs: keyword inputs of that forward.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: a pattern that matches no quantizable module, an unknown preset, a ``block_size`` that does not divide a
-            weight's last dimension, a model without quantizable modules, or one that has quantized layers already.
+            weight's last dimension, a model without quantizable modules, or one that has quantized layers already; an unknown
+            target, one without example inputs, or descriptors that it has no kernels for.
+
+    Warns:
+        UserWarning: residual adds that stay in float for TensorRT, by name, and why.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> quantizers = dict(named_quantizers(quantize_(model)))
@@ -82,6 +105,15 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
     if has_quantized_layers(model):
         raise ValueError("The model has quantized layers already: call `lq.dequantize_` before placing others.")
     register_known(model)
+    resolved = resolve_rules(rules)
+    if target is None:
+        _quantize(model, resolved)
+    else:
+        _quantize_for(target, model, resolved, args, kwargs)
+    return model
+
+
+def _quantize(model: nn.Module, rules: list[QuantRule]) -> None:
     targets = {name: m for name, m in model.named_modules() if is_quantizable(m)}
     if not targets:
         raise ValueError(
@@ -89,17 +121,38 @@ def quantize_(model: M, rules: Rules = "int8") -> M:
             f"{', '.join(c.__name__ for c in QUANT_MODULES)}; others need `lq.nn.register`. A model that is built in "
             "`setup` must exist before: build it in `__init__` or `configure_model`."
         )
-    chosen = _choose(resolve_rules(rules), targets)
+    chosen = _choose(rules, targets)
+    if all(rule.input is None and rule.weight is None for rule in chosen.values()):
+        raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     for name, rule in chosen.items():
         _check_blocks(name, targets[name], rule)
     for name, rule in chosen.items():
         if rule.input is not None or rule.weight is not None:
             for quantizer in to_quantized_(targets[name], rule.input, rule.weight).quantizers().values():
                 quantizer.dynamic = False
-    if not is_quantized(model):
-        raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     leave_fast_paths_(model)
-    return model
+
+
+def _quantize_for(target: str, model: nn.Module, rules: list[QuantRule], args: Any, kwargs: Mapping[str, Any] | None) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"`target` is {target!r}: choose {' or '.join(map(repr, TARGETS))}, or None.")
+    if target == "tensorrt":
+        check_for_tensorrt(rules)
+    example = example_inputs(model, args, kwargs, f"`target={target!r}` has the model run once")
+    left = place_products_(model, *example, named_products(rules))
+    try:
+        _quantize(model, rules)
+    except BaseException:
+        remove_products_(model)
+        raise
+    try:
+        left |= place_(target, model, *example).left
+    except BaseException:
+        dequantize_(model)
+        raise
+    if left:
+        reasons = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in left.items())
+        warnings.warn(f"Left in float for {target} ({reasons}): write a lq.nn.QuantAdd, or a QuantMatmul, there.", stacklevel=3)
 
 
 def _choose(rules: list[QuantRule], targets: dict[str, nn.Module]) -> dict[str, QuantRule]:
@@ -136,6 +189,8 @@ def dequantize_(model: M) -> M:
     for module in list(model.modules()):
         if type(module) in QUANT_MODULES.values():
             to_float_(module)
+    leave_shortcuts_(model)
+    remove_products_(model)
     take_fast_paths_(model)
     return model
 

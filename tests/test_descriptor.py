@@ -208,7 +208,7 @@ def test_fp8_has_one_scale_per_tensor_and_w4a16_blocks_of_linear_layers():
 
 
 def test_every_preset_is_tested():
-    assert set(PRESETS) == {"int8", "int8_per_tensor", "int8_weight_only", "w4a8", "w4a16", "fp8"}
+    assert set(PRESETS) == {"int8", "int8_attention", "int8_per_tensor", "int8_weight_only", "w4a8", "w4a16", "fp8"}
     assert (INT8_INPUT.narrow_range, INT8_WEIGHT.narrow_range) == (False, True)
 
 
@@ -240,7 +240,7 @@ def test_rules_that_are_given_are_used():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'int3'.*int8, int8_per_tensor"):
+    with pytest.raises(ValueError, match=r"'int3'.*int8, int8_attention, int8_per_tensor"):
         resolve_rules("int3")
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lq.callbacks.feeding import forward_arguments, has_forward
 from lq.export import to_onnx
 from lq.export._require import require
+from lq.nn.example import example_inputs
 
 
 class OnnxExport(Callback):
@@ -54,12 +54,5 @@ class OnnxExport(Callback):
         if example is None and batch is None:
             rank_zero_warn(f"Nothing was exported to {self.path}: there was no train batch, and no `example_input_array`.")
             return
-        args, kwargs = _inputs(example) if example is not None else forward_arguments(pl_module.forward, batch)
+        args, kwargs = example_inputs(pl_module) if example is not None else forward_arguments(pl_module.forward, batch)
         rank_zero_info(f"Exported {to_onnx(pl_module, args, self.path, kwargs=kwargs, **self.options)}")
-
-
-def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments out of an ``example_input_array``: a tensor, a tuple, or a dict."""
-    if isinstance(example, dict):
-        return (), example
-    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}

@@ -27,6 +27,7 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
+        target: ``"tensorrt"``: quantizers where its fused kernels want them, as for :class:`Quantize`.
         method: how amax is chosen.
         alpha: SmoothQuant's migration strength; ``None`` does not rescale.
         lr: learning rate, as a share of the original one; ``None`` leaves it alone.
@@ -43,6 +44,7 @@ class QuantizationAwareTraining(Callback):
         self,
         rules: Rules = "int8",
         *,
+        target: str | None = None,
         method: Method = "mse",
         alpha: Alpha | None = 0.5,
         lr: float | None = 0.01,
@@ -54,11 +56,13 @@ class QuantizationAwareTraining(Callback):
         freeze: ScaleFreeze | None = None,
         monitor: QuantMonitor | None = None,
     ) -> None:
-        if quantize is not None and (rules, method, alpha, keep_best) != ("int8", "mse", 0.5, False):
-            raise ValueError("`quantize` is given, and `rules`, `method`, `alpha` or `keep_best` too: set them in `quantize`.")
+        if quantize is not None and (rules, target, method, alpha, keep_best) != ("int8", None, "mse", 0.5, False):
+            raise ValueError(
+                "`quantize` is given, and `rules`, `target`, `method`, `alpha` or `keep_best` too: set them in `quantize`."
+            )
         if schedule is not None and lr != 0.01:
             raise ValueError("`schedule` is given, and `lr` too: set it in `schedule`.")
-        self.quantize = quantize or Quantize(rules, method=method, alpha=alpha, keep_best=keep_best)
+        self.quantize = quantize or Quantize(rules, target=target, method=method, alpha=alpha, keep_best=keep_best)
         teacher = Distill() if distill is True else distill
         self.parts: list[Callback] = [
             ExactResume(),

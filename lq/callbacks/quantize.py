@@ -21,7 +21,7 @@ from lq.callbacks.building import averages, averaging_later, build, refuse_shard
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
 from lq.descriptor import Rules
-from lq.load import RULES, to_plain
+from lq.load import RULES, TARGET, to_plain
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
 from lq.surgery import has_quantized_layers, named_quantizers, quantize_
 
@@ -38,6 +38,8 @@ class Quantize(Callback):
 
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
+        target: ``"tensorrt"`` or ``"onnxruntime"`` quantizes residual adds too, and has layers share scales, as
+            :func:`lq.quantize_` says; for that the module needs an ``example_input_array``.
         method: how amax is chosen, for all or by patterns on names, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
         batches: train batches to calibrate on, on each rank.
@@ -71,6 +73,7 @@ class Quantize(Callback):
         self,
         rules: Rules = "int8",
         *,
+        target: str | None = None,
         method: Method = "mse",
         method_options: dict[str, Any] | None = None,
         batches: int = 8,
@@ -93,7 +96,7 @@ class Quantize(Callback):
             raise ValueError(f"`mode` is {mode!r}: it must be 'min' or 'max'.")
         if keep_best and not stages:
             raise ValueError("`keep_best` is True, and `stages` False: the best one is found by validating the stages.")
-        self.rules, self.method, self.method_options = rules, method, method_options or {}
+        self.rules, self.target, self.method, self.method_options = rules, target, method, method_options or {}
         self.batches, self.alpha, self.excluded_modules = batches, alpha, excluded_modules
         self.validate_stages, self.dirpath = stages, dirpath
         self.keep_best, self.monitor, self.mode = keep_best, monitor, mode
@@ -119,7 +122,7 @@ class Quantize(Callback):
         refuse_sharding(trainer)
         build(trainer, pl_module)
         if not has_quantized_layers(pl_module):
-            quantize_(pl_module, self.rules)
+            quantize_(pl_module, self.rules, target=self.target)
         for name, quantizer in named_quantizers(pl_module):
             if quantizer.quant_desc.learn_amax and quantizer.amax is None:
                 # its parameters would be made after the optimizer, which would never change them
@@ -199,7 +202,7 @@ class Quantize(Callback):
         self._best = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RULES] = to_plain(self.rules)
+        checkpoint[RULES], checkpoint[TARGET] = to_plain(self.rules), self.target
         if self._best is not None:
             checkpoint[BEST] = self._best.state_dict()
 

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lq.nn.branches import branching
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; each module's own mode again after it.
+    """Evaluation mode and no gradients inside the block, and hooks in every branch; each module's own mode again after it.
 
     >>> model = nn.Dropout()
     >>> with evaluating(model):
@@ -22,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         if training:
             model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), branching():
             yield
     finally:
         for module in training:

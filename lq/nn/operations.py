@@ -6,6 +6,7 @@ that matches; ``quant_desc_input=None`` makes them plain operations until then.
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,9 +15,11 @@ from lq.nn.quant_module import QuantModule, register
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 
-class _Operation(QuantModule):
+class Operation(QuantModule):
+    """A function of tensors as a module; ``operands`` says which of its arguments each quantizer takes."""
+
     quant_desc_keywords = ("quant_desc_input",)
-    operands: ClassVar[tuple[str, ...]]
+    operands: ClassVar[dict[str, int]]
 
     def init_quantizer(
         self, quant_desc_input: QuantDescriptor | None = None, quant_desc_weight: QuantDescriptor | None = None
@@ -24,7 +27,7 @@ class _Operation(QuantModule):
         self.make_quantizers(quant_desc_input, *self.operands)
 
 
-class QuantAdd(_Operation):
+class QuantAdd(Operation):
     """``input + Q(residual)``: TensorRT fuses an add into the layer before it if the shortcut, and it alone, is quantized.
 
     >>> add = QuantAdd(quant_desc_input=QuantDescriptor(amax=1.27))
@@ -32,7 +35,7 @@ class QuantAdd(_Operation):
     tensor([0.6630])
     """
 
-    operands = ("residual",)
+    operands = {"residual": 1}
     residual_quantizer: TensorQuantizer
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
@@ -41,10 +44,10 @@ class QuantAdd(_Operation):
         return y
 
 
-class QuantMatmul(_Operation):
+class QuantMatmul(Operation):
     """``Q(input) @ Q(other)``."""
 
-    operands = ("input", "other")
+    operands = {"input": 0, "other": 1}
     input_quantizer: TensorQuantizer
     other_quantizer: TensorQuantizer
 
@@ -54,16 +57,24 @@ class QuantMatmul(_Operation):
         return y
 
 
-class QuantScaledDotProductAttention(_Operation):
-    """``F.scaled_dot_product_attention`` of ``Q(query)``, ``Q(key)`` and ``Q(value)``.
+class QuantScaledDotProductAttention(Operation):
+    """``F.scaled_dot_product_attention`` with both of its products quantized: ``Q(softmax(Q(query) Q(key)^T * scale)) Q(value)``.
 
-    The probabilities stay inside the fused kernel, in float.
+    As :class:`QuantMultiheadAttention` has it, and as TensorRT needs it: the probabilities are quantized too, before dropout, so
+    the products are computed one after the other. Where every key is masked a row of probabilities is uniform. In float it is
+    torch's function, with its fused kernels.
     """
 
-    operands = ("q", "k", "v")
+    operands = {"q": 0, "k": 1, "v": 2}
     q_quantizer: TensorQuantizer
     k_quantizer: TensorQuantizer
     v_quantizer: TensorQuantizer
+    probs_quantizer: TensorQuantizer
+
+    def init_quantizer(
+        self, quant_desc_input: QuantDescriptor | None = None, quant_desc_weight: QuantDescriptor | None = None
+    ) -> None:
+        self.make_quantizers(quant_desc_input, *self.operands, "probs")
 
     def forward(
         self,
@@ -77,8 +88,23 @@ class QuantScaledDotProductAttention(_Operation):
         enable_gqa: bool = False,
     ) -> Tensor:
         """Attention output ``(..., queries, features)``; arguments as of the function."""
+        if self.idle:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         q, k, v = self.q_quantizer(query), self.k_quantizer(key), self.v_quantizer(value)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa:
+            k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        if is_causal:
+            attn_mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        probs = F.dropout(self.probs_quantizer(scores.softmax(-1)), dropout_p)
+        y: Tensor = probs @ v
+        return y
 
 
 for _operation in (QuantAdd, QuantMatmul, QuantScaledDotProductAttention):

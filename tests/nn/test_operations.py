@@ -33,17 +33,28 @@ def test_matmul_quantizes_both():
     assert torch.equal(QuantMatmul(quant_desc_input=DESC)(a, b.mT), q4(a) @ q4(b.mT))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"is_causal": True}, {"attn_mask": torch.randn(5, 5)}, {"scale": 0.3}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"is_causal": True}, {"attn_mask": torch.randn(5, 5)}, {"attn_mask": torch.eye(5) < 1}, {"scale": 0.3}]
+)
 def test_attention_quantizes_what_it_takes(kwargs):
     q, k, v = operands(3)
+    operation = QuantScaledDotProductAttention(quant_desc_input=DESC)
+    # the products of torch's own function, the probabilities read off with unit vectors for values
+    probs = F.scaled_dot_product_attention(q4(q), q4(k), torch.eye(5).expand(2, 3, 5, 5), **kwargs)
+    torch.testing.assert_close(operation(q, k, v, **kwargs), q4(probs) @ q4(v), atol=1e-6, rtol=1e-5)
+    operation.probs_quantizer.disable()
     expected = F.scaled_dot_product_attention(q4(q), q4(k), q4(v), **kwargs)
-    assert torch.equal(QuantScaledDotProductAttention(quant_desc_input=DESC)(q, k, v, **kwargs), expected)
+    torch.testing.assert_close(operation(q, k, v, **kwargs), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_grouped_queries():
     q, k, v = torch.randn(2, 4, 5, 8), *operands(2, (2, 2, 5, 8))
     operation = QuantScaledDotProductAttention(quant_desc_input=None)
     assert torch.equal(operation(q, k, v, enable_gqa=True), F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    operation = QuantScaledDotProductAttention(quant_desc_input=DESC)
+    operation.probs_quantizer.disable()
+    expected = F.scaled_dot_product_attention(q4(q), q4(k), q4(v), enable_gqa=True)
+    torch.testing.assert_close(operation(q, k, v, enable_gqa=True), expected, atol=1e-6, rtol=1e-5)
 
 
 class Block(nn.Module):

@@ -1,0 +1,133 @@
+"""Where a runtime wants quantizers beyond the inputs of layers, found by running the model once.
+
+TensorRT: with a quantizer on its shortcut a residual add runs inside the INT8 kernel of the convolution before it, and with one
+scale for all that takes a tensor that kernel writes INT8 once (TensorRT, "Working with Quantized Types", Q/DQ layer-placement
+recommendations). Nothing is placed between a layer and its BatchNorm or activation, nor on pooling, which quantization passes.
+
+ONNX Runtime fuses no add into a convolution, and runs a convolution in INT8 only if its output is quantized at once (its
+QLinearConv gives codes): both operands of the add are quantized, and it is a QLinearAdd.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lq.descriptor import QuantDescriptor, QuantRule
+from lq.functional.grid import integer_bounds
+from lq.graph import Flow, trace
+from lq.nn.operations import Operation
+from lq.nn.products import add_products_
+from lq.nn.quant_module import QuantInputMixin
+from lq.nn.residual import quantize_shortcut_
+from lq.products import find_products
+from lq.sharing import Site, separate_as_saved, share_quantizers_
+from lq.shortcuts import find_shortcuts
+
+TARGETS = ("tensorrt", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What was placed.
+
+    Attributes:
+        shortcuts: layers whose residual add has a quantized shortcut now.
+        shared: short names of the quantizers that became one, by groups.
+        left: residual adds that stay in float: why, by the name of the block.
+    """
+
+    shortcuts: list[str]
+    shared: list[list[str]]
+    left: dict[str, str]
+
+
+def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Placement:
+    """Quantize the shortcuts of residual adds, and share the quantizers of what takes one tensor, in place.
+
+    Args:
+        target: one of :data:`TARGETS`.
+        model: with quantized layers that are not calibrated yet.
+        args: positional inputs of one forward.
+        kwargs: keyword inputs of it.
+    """
+    flow = trace(model, args, dict(kwargs))
+    names = {module: name for name, module in model.named_modules()}
+    shortcuts, left = find_shortcuts(flow, model)
+    sites = list(_sites(flow))
+    for shortcut in shortcuts:
+        desc = shortcut.layer.quantizers()["input"].quant_desc
+        both = target == "onnxruntime"
+        quantize_shortcut_(shortcut.block, shortcut.layer, shortcut.operand, desc, both=both)
+        sites += [(value, shortcut.layer, "residual") for value in shortcut.values]
+    shared = share_quantizers_(flow, sites)
+    if shared:
+        model.register_load_state_dict_pre_hook(separate_as_saved)  # type: ignore[no-untyped-call]
+    return Placement(
+        [names[shortcut.layer] for shortcut in shortcuts],
+        [[f"{names[module]}.{role}".strip(".") for module, role in group] for group in shared],
+        left,
+    )
+
+
+def place_products_(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], classes: set[str]) -> dict[str, str]:
+    """Give products of two activations modules that rules can quantize, in place.
+
+    Args:
+        model: in float.
+        args: positional inputs of one forward.
+        kwargs: keyword inputs of it.
+        classes: names of :class:`lq.nn.QuantMatmul`, :class:`lq.nn.QuantScaledDotProductAttention`, or both.
+
+    Returns:
+        Blocks that are left in float: why, by name.
+    """
+    found, left = find_products(trace(model, args, dict(kwargs)), classes)
+    for block, functions in found.items():
+        add_products_(block, functions)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[block]: "its runs differ in their matrix products" for block in left}
+
+
+def _sites(flow: Flow) -> list[Site]:
+    """The quantizers of what layers and operations take."""
+    sites: list[Site] = []
+    for call in flow.calls:
+        if isinstance(call.target, Operation):
+            sites += [(call.inputs[place], call.target, role) for role, place in call.target.operands.items()]
+        elif isinstance(call.target, QuantInputMixin) and len(call.inputs) == 1:
+            sites.append((call.inputs[0], call.target, "input"))
+    return sites
+
+
+def check_for_tensorrt(rules: list[QuantRule]) -> None:
+    """Raise ``ValueError`` for descriptors that TensorRT has no kernels for.
+
+    >>> check_for_tensorrt([QuantRule("*", input=QuantDescriptor(num_bits=16))])
+    Traceback (most recent call last):
+      ...
+    ValueError: The rule '*' has `input` with `num_bits=16`, but TensorRT takes at most 8 bits, or (4, 3).
+    """
+    for rule in rules:
+        for name, desc in (("input", rule.input), ("weight", rule.weight)):
+            if desc is not None and (problem := _problem(desc, name == "weight")) is not None:
+                raise ValueError(f"The rule {rule.pattern!r} has `{name}` with {problem}.")
+
+
+def _problem(desc: QuantDescriptor, weight: bool) -> str | None:
+    bits = desc.num_bits
+    if isinstance(bits, tuple):
+        if bits != (4, 3):
+            return f"`num_bits={bits}`, but TensorRT's FP8 is E4M3: (4, 3)"
+    elif bits > 8:
+        return f"`num_bits={bits}`, but TensorRT takes at most 8 bits, or (4, 3)"
+    elif integer_bounds(bits, desc.unsigned)[1] > 127:
+        return f"`unsigned=True` and `num_bits={bits}`, but TensorRT's codes are signed: use 7 bits at most"
+    if desc.block_size is not None:
+        fits = weight and bits == 4 and desc.axis == 0
+        return None if fits else f"`block_size={desc.block_size}`, which TensorRT takes for 4-bit weights with `axis=0` only"
+    if desc.axis is not None and (not weight or desc.axis not in (0, (0,))):
+        remedy = "axis 0, that of the outputs" if weight else "one scale per tensor: `axis=None`"
+        return f"`axis={desc.axis}`, but TensorRT takes {remedy}"
+    return None

@@ -1,0 +1,100 @@
+"""One quantizer for all that takes one tensor: TensorRT quantizes a tensor once, and wants what is joined to have one scale."""
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.channels import JOINING_FUNCTIONS
+from lq.descriptor import QuantDescriptor
+from lq.graph import Flow
+from lq.nn.quant_module import QuantModule
+from lq.nn.tensor_quantizer import TensorQuantizer
+
+# What hands on a whole tensor, value by value or the largest of some: quantization commutes with it.
+COMMUTING_MODULES = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle),
+)
+COMMUTING_FUNCTIONS = frozenset(
+    {
+        *("max_pool1d", "max_pool2d", "max_pool3d", "dropout", "contiguous", "clone", "view", "reshape", "flatten", "unflatten"),
+        *("squeeze", "unsqueeze", "T", "mT", "t", "transpose", "swapaxes", "permute", "movedim", "pixel_shuffle"),
+    }
+)
+
+# The value that a quantizer takes, the module it belongs to, and its role there.
+Site = tuple[int, QuantModule, str]
+
+
+def share_quantizers_(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, str]]]:
+    """Give modules one quantizer for each tensor that they take under one descriptor, in place.
+
+    A tensor is followed through reshapes and max pooling, and through concatenations, whose operands then share an amax. Only
+    quantizers without an amax, or with the same one, are shared; the first one stays.
+
+    Returns:
+        The groups of two and more, each as modules and roles.
+    """
+    tensors = _Sets()
+    for call in flow.calls:
+        if call.target in COMMUTING_FUNCTIONS or isinstance(call.target, COMMUTING_MODULES):
+            tensors.join(call.inputs[0], *call.outputs)
+        elif call.target in JOINING_FUNCTIONS:
+            tensors.join(*call.inputs, *call.outputs)
+    for value, module, role in sites:
+        # a layer that runs several times has one quantizer for all it takes
+        tensors.join(value, (module, role))
+    groups: dict[tuple[object, QuantDescriptor, object], dict[tuple[QuantModule, str], None]] = defaultdict(dict)
+    for value, module, role in sites:
+        quantizer = module.quantizers()[role]
+        if not quantizer._disabled and quantizer.pre_quant_scale is None:
+            amax = None if quantizer.amax is None else tuple(quantizer.amax.flatten().tolist())
+            groups[tensors.root(value), quantizer.quant_desc, amax][module, role] = None
+    shared = [list(group) for group in groups.values() if len(group) > 1]
+    for (first, first_role), *others in shared:
+        for module, role in others:
+            setattr(module, f"{role}_quantizer", first.quantizers()[first_role])
+    return shared
+
+
+def separate_as_saved(model: nn.Module, state: dict[str, Tensor], prefix: str, *ignored: Any) -> None:
+    """Hook of ``model`` before it loads a state dict: a quantizer that has several values there becomes several.
+
+    SmoothQuant takes quantizers apart: a layer with a factor of its own has another input than those it shared one with.
+    """
+    paths: dict[TensorQuantizer, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, TensorQuantizer):
+            paths[module].append(path)
+    for quantizer, (first, *rest) in paths.items():
+        for path in rest:
+            if not _same(_values(state, f"{prefix}{first}."), _values(state, f"{prefix}{path}.")):
+                owner, _, name = path.rpartition(".")
+                setattr(model.get_submodule(owner), name, copy.deepcopy(quantizer))
+
+
+def _values(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key].to(value.device)) for key, value in one.items())
+
+
+class _Sets:
+    """Disjoint sets."""
+
+    def __init__(self) -> None:
+        self.parent: dict[object, object] = {}
+
+    def root(self, item: object) -> object:
+        while item in self.parent:
+            item = self.parent[item]
+        return item
+
+    def join(self, *items: object) -> None:
+        first, *others = (self.root(item) for item in items)
+        self.parent |= {other: first for other in others if other != first}
