@@ -11,15 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lq.export._require import require
-from lq.export.check import INT8, check_quantizers
+from lq.export.check import AXIS_OPSET, E4M3, HALF_OPSET, INT8, check_quantizers
 from lq.functional.fake_quant import fake_quant
 from lq.functional.grid import FLOAT_FORMATS, integer_bounds
 from lq.nn import QuantModule, TensorQuantizer
 from lq.surgery import named_quantizers
-
-E4M3 = (4, 3)
-# The first versions of QuantizeLinear that have an axis, and FP8.
-AXIS_OPSET, FP8_OPSET = 13, 19
 
 
 @contextmanager
@@ -80,7 +76,7 @@ def enable_onnx_export() -> Iterator[None]:
 def _checked_opset(quantizers: dict[str, TensorQuantizer], asked: int | None) -> int | None:
     """The opset to ask torch for, once it is clear that quantizers can be written in it."""
     fp8 = any(quantizer.num_bits == E4M3 for quantizer in quantizers.values())
-    least = FP8_OPSET if fp8 else AXIS_OPSET
+    least = HALF_OPSET if fp8 else AXIS_OPSET
     if asked is None:
         return least if fp8 else None
     if quantizers and asked < least:

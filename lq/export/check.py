@@ -24,8 +24,14 @@ def fits_int8(num_bits: Bits, unsigned: bool) -> bool:
     return INT8[0] <= low and high <= INT8[1]
 
 
-def check_exportable(model: nn.Module) -> None:
-    """Raise ``ValueError`` for quantizers that Q/DQ in int8 cannot express, and weights that are not float32.
+E4M3 = (4, 3)
+# The first versions of QuantizeLinear and DequantizeLinear that have an axis; FP8, and scales in half precision; blocks; and that
+# of convolutions in bfloat16.
+AXIS_OPSET, HALF_OPSET, BLOCKS_OPSET, BFLOAT_OPSET = 13, 19, 21, 22
+
+
+def check_exportable(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Raise ``ValueError`` for quantizers that Q/DQ cannot express, and weights that are neither float32 nor ``dtype``.
 
     >>> from lq.nn import QuantLinear
     >>> check_exportable(nn.Sequential(QuantLinear(2, 2)))
@@ -33,28 +39,57 @@ def check_exportable(model: nn.Module) -> None:
       ...
     ValueError: `0.input`, `0.weight` (2 of 2 quantizers) have no amax: calibrate first, with `lq.calibrating(model)`.
     """
-    check_quantizers(model)
+    modules = [m for m in model.modules() if isinstance(m, QuantModule)]
+    check_quantizers(model, formats=[E4M3], blocks=[m.quantizers()[role] for m in modules for role in m.weights()])
     for name, module in model.named_modules():
         for role, weight in module.weights().items() if isinstance(module, QuantModule) else ():
-            if module.quantizers()[role].active and weight.dtype != torch.float32:
+            if module.quantizers()[role].active and weight.dtype not in (torch.float32, dtype):
                 raise ValueError(
                     f"`{name}.{role}` is {weight.dtype}: scales are exported in float32, so call `model.float()` first."
                 )
 
 
-def check_quantizers(model: nn.Module, formats: Container[Bits] = ()) -> None:
-    """Raise ``ValueError`` for quantizers that Q/DQ in int8, or in one of the float ``formats``, cannot express."""
+def checked_opset(model: nn.Module, dtype: torch.dtype, asked: int | None) -> int | None:
+    """The opset to ask torch for, once it is clear that all can be written in it; ``None`` for torch's own choice, 18 or later.
+
+    Raises:
+        ValueError: ``asked`` is too low.
+
+    >>> checked_opset(nn.Linear(2, 2), torch.float16, None), checked_opset(nn.Linear(2, 2), torch.float32, 17)
+    (None, 17)
+    """
+    quantizers = [quantizer for _, quantizer in named_quantizers(model) if quantizer.active]
+    needs = {AXIS_OPSET: "QuantizeLinear has an axis"} if quantizers else {}
+    if any(isinstance(q.num_bits, tuple) for q in quantizers) or (quantizers and dtype != torch.float32):
+        needs[HALF_OPSET] = "QuantizeLinear has FP8, and scales in half precision,"
+    if any(q.quant_desc.block_size is not None for q in quantizers):
+        needs[BLOCKS_OPSET] = "DequantizeLinear has blocks"
+    if dtype == torch.bfloat16:
+        needs[BFLOAT_OPSET] = "a convolution may be in bfloat16"
+    least = max(needs, default=0)
+    if asked is None:
+        return least if least > AXIS_OPSET else None
+    if asked < least:
+        raise ValueError(f"`opset` is {asked}: {needs[least]} from opset {least} on.")
+    return asked
+
+
+def check_quantizers(model: nn.Module, formats: Container[Bits] = (), blocks: Container[TensorQuantizer] = ()) -> None:
+    """Raise ``ValueError`` for quantizers that Q/DQ in int8, or in one of the float ``formats``, cannot express.
+
+    Only quantizers in ``blocks`` may have a ``block_size``.
+    """
     quantizers = dict(named_quantizers(model))
     problems: dict[str, list[str]] = {}
     for name, quantizer in quantizers.items():
-        if problem := _problem(quantizer, formats):
+        if problem := _problem(quantizer, formats, quantizer in blocks):
             problems.setdefault(problem, []).append(name)
     for problem, names in problems.items():
         shown = ", ".join(f"`{name}`" for name in names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(f"{shown} ({len(names)} of {len(quantizers)} quantizers) have {problem}")
 
 
-def _problem(quantizer: TensorQuantizer, formats: Container[Bits]) -> str | None:
+def _problem(quantizer: TensorQuantizer, formats: Container[Bits], in_blocks: bool) -> str | None:
     desc = quantizer.quant_desc
     if quantizer._if_calib:
         return "calibration enabled: leave `lq.calibrating`, or call `disable_calib()`."
@@ -70,7 +105,7 @@ def _problem(quantizer: TensorQuantizer, formats: Container[Bits]) -> str | None
         kind, most = ("unsigned", 7) if desc.unsigned else ("signed", 8)
         return f"`num_bits={desc.num_bits}`, {kind}: codes must fit into int8, so use at most {most} bits."
     if desc.block_size is not None:
-        return f"`block_size={desc.block_size}`: export needs one amax, or one `axis`."
+        return None if in_blocks else f"`block_size={desc.block_size}`: export needs one amax, or one `axis`."
     if (axes := sum(n > 1 for n in quantizer.amax.shape)) > 1:
         return f"an amax along {axes} axes: ONNX takes one at most, so choose one `axis`, or None."
     return None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.fake_quant import quantize
+from lq.functional.grid import FLOAT_FORMATS, scale_from_amax
 from lq.graph import Flow, trace
 from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, QuantMixin, TensorQuantizer
 
@@ -51,7 +52,7 @@ def _takes_factor(module: nn.Module) -> bool:
     if not isinstance(module, OUTPUTS_FIRST) or module._parameters.get("weight") is None:
         return False
     quantizer, amax = module.weight_quantizer, module.weight_quantizer.amax
-    if not quantizer.active or not isinstance(quantizer.num_bits, int) or amax is None:
+    if not quantizer.active or amax is None:
         return False
     return amax.numel() == 1 or (amax.dim() == module.weight.dim() and amax.shape[0] == amax.numel())
 
@@ -102,7 +103,11 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 def _same_codes(quantizer: TensorQuantizer, old: Tensor, new: Tensor, new_amax: Tensor, sign: Tensor) -> bool:
     desc = quantizer.quant_desc
     assert quantizer.amax is not None
-    assert isinstance(desc.num_bits, int)
+    if isinstance(desc.num_bits, tuple):
+        floats = FLOAT_FORMATS[desc.num_bits]
+        scales = (scale_from_amax(amax, desc.num_bits) for amax in (quantizer.amax, new_amax))
+        before, after = ((x / scale).to(floats).float() for x, scale in zip((old, new), scales, strict=True))
+        return torch.equal(before * sign, after)
     grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
     before = quantize(old, quantizer.amax, *grid) * sign
     return torch.equal(before, quantize(new, new_amax, *grid))

@@ -1,22 +1,10 @@
-"""Example inputs: where they are, and which of their axes is the batch."""
+"""Which axes of example inputs are the batch."""
 
 import inspect
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-
-
-def as_args(inputs: Any) -> tuple[Any, ...]:
-    """Positional inputs of a forward: a tuple as it is, a list as one, anything else alone."""
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-
-def on_device_of(model: nn.Module, inputs: Any) -> Any:
-    """Tensors in ``inputs``, nested as they may be, on the device of the model's first parameter or buffer."""
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
-    return inputs if device is None else tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
 def batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lq.export._require import require
 from lq.export._staged import staged
-from lq.export.check import check_exportable
+from lq.export.check import check_exportable, checked_opset
 from lq.export.fold import fold_batchnorm_
-from lq.export.inputs import as_args, batch_shapes, on_device_of
-from lq.export.scales import raise_dead_scales_
+from lq.export.inputs import batch_shapes
+from lq.export.scales import fix_learned_scales_, raise_dead_scales_, round_weights_
+from lq.nn.example import as_args, on_device_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-RUNTIMES = ("tensorrt", "onnxruntime")
+TARGETS = ("tensorrt", "onnxruntime")
+
+# What the graph computes in.
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # A protobuf message ends at 2 GiB; what is left is for the graph itself.
 MAX_IN_ONE_FILE = 2**31 - 2**27
@@ -35,17 +40,19 @@ def to_onnx(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = "batch",
     opset: int | None = None,
-    runtime: str = "tensorrt",
+    precision: str = "fp32",
+    target: str = "tensorrt",
 ) -> Path:
-    """Write ``model`` as ONNX: inputs pass QuantizeLinear and DequantizeLinear, weights are int8 behind a DequantizeLinear.
+    """Write ``model`` as ONNX: inputs pass QuantizeLinear and DequantizeLinear, weights are codes behind a DequantizeLinear.
 
     The file computes what the fake-quantized model does. Zero points are 0 and scales are ``amax / qmax``, per tensor or along
-    one axis (Jacob et al., 2018, arXiv:1712.05877, eq. 1; ONNX operators QuantizeLinear, DequantizeLinear). All codes are int8,
+    one axis (Jacob et al., 2018, arXiv:1712.05877, eq. 1; ONNX operators QuantizeLinear, DequantizeLinear). Integers are int8,
     as TensorRT wants them: inputs with fewer bits, with ``narrow_range``, or unsigned (up to 7 bits) are clipped to their range
-    first. A BatchNorm that alone consumes a quantized convolution or linear layer is folded into it and changes no code; one
-    behind a transposed convolution stays. Channels whose weights are dead beside their bias get a larger scale
-    (:func:`lq.export.scales.raise_dead_scales_`). What a disabled quantizer meets stays float, as does a model without any.
-    The model is exported as in evaluation, and is itself not changed.
+    first. Weights in blocks of 4 bits are int4, with a scale for each block. ``num_bits=(4, 3)`` is FLOAT8E4M3FN. Scales that
+    are learned become constants. A BatchNorm that alone consumes a quantized convolution or linear layer is folded into it and
+    changes no code; one behind a transposed convolution stays. Channels whose weights are dead beside their bias get a larger
+    scale (:func:`lq.export.scales.raise_dead_scales_`). What a disabled quantizer meets stays float, as does a model without
+    any. The model is exported as in evaluation, and is itself not changed.
 
     Args:
         model: float32; calibrated, if it has quantizers.
@@ -54,9 +61,13 @@ def to_onnx(
         kwargs: keyword inputs of the forward.
         dynamic_shapes: ``"batch"``: axis 0 is free in every tensor that has the size of the first one there; ``None``: all
             shapes as given; else as :func:`torch.export.export` takes it.
-        opset: version of the ONNX operators; ``None`` is what ``torch.onnx`` prefers.
-        runtime: ``"tensorrt"``; or ``"onnxruntime"``, where a Relu between a layer and a quantizer is laid out so that ONNX
-            Runtime uses its int8 kernels on the CPU (:mod:`lq.export.relu`). Both graphs compute the same codes, anywhere.
+        opset: version of the ONNX operators; ``None`` is what ``torch.onnx`` prefers, or the first that has what the model
+            needs: 19 for FP8 and for half precision, 21 for blocks.
+        precision: what the graph computes in where it does not in codes, of its inputs, outputs and scales too: ``"fp32"``,
+            ``"fp16"`` or ``"bf16"``. Codes of weights stay as they are; values that half precision rounds may come to lie on
+            another code at the next quantizer.
+        target: ``"tensorrt"``; or ``"onnxruntime"``, laid out so that ONNX Runtime uses its 8-bit kernels on the CPU, with uint8
+            activations around 128 (:mod:`lq.export.cpu`). Both graphs compute the same, anywhere.
 
     Returns:
         ``path``. It is written whole or, on any error, not at all.
@@ -65,17 +76,19 @@ def to_onnx(
         ImportError: the extra ``export`` is not installed.
         FileNotFoundError, IsADirectoryError, PermissionError: ``path`` cannot be written, found out before the export.
         ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics,
-            ``fake_quant=False``, more than 8 bits (7 if unsigned), several axes, not float32; or an unknown ``dynamic_shapes``
-            or ``runtime``.
+            ``fake_quant=False``, more than 8 bits (7 if unsigned), E5M2, several axes, not float32; or an unknown
+            ``dynamic_shapes``, ``precision`` or ``target``, or an ``opset`` that lacks what the model needs.
     """
     require("onnx", "onnxscript", "onnx_ir")
     from lq.export.lower import lower_fake_quant_
 
-    if runtime not in RUNTIMES:
-        raise ValueError(f"`runtime` is {runtime!r}: choose one of {', '.join(RUNTIMES)}.")
-    path = Path(path)
-    check_exportable(model)
-    args, keywords = on_device_of(model, (as_args(args), dict(kwargs or {})))
+    for name, value, known in (("target", target, TARGETS), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(known)}.")
+    path, dtype = Path(path), PRECISIONS[precision]
+    check_exportable(model, dtype)
+    opset = checked_opset(model, dtype, opset)
+    args, keywords = _in_precision(dtype, on_device_of(model, (as_args(args), dict(kwargs or {}))))
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "batch":
             raise ValueError(
@@ -83,21 +96,40 @@ def to_onnx(
             )
         dynamic_shapes = batch_shapes(model, args, keywords)
     with staged(path) as file:
-        program = _export(model, args, keywords, dynamic_shapes, opset)
-        lower_fake_quant_(program.model, runtime)
+        program = _export(model, args, keywords, dynamic_shapes, opset, dtype)
+        lower_fake_quant_(program.model, target)
         _save(program.model, file)
     return path
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, opset: int | None) -> Any:
+def _in_precision(dtype: torch.dtype, inputs: Any) -> Any:
+    """Floating tensors in ``inputs``, nested as they may be, in the precision of the graph."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    opset: int | None,
+    dtype: torch.dtype,
+) -> Any:
     """The program with a FakeQuant node for each quantizer; the work is done on a copy."""
     from lq.export.translate import translation_table
 
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), _quiet():
         model = copy.deepcopy(model).eval()
-        fold_batchnorm_(model, args, kwargs)
+        if dtype != torch.float32:
+            # scales and codes are found in float32
+            model.float()
+        fold_batchnorm_(model, *_in_precision(torch.float32, (args, kwargs)))
         raise_dead_scales_(model)
+        fix_learned_scales_(model)
+        if dtype != torch.float32:
+            round_weights_(model)
+            model.to(dtype)
         # torch.onnx takes a dict at the end of args for kwargs, unless there are any
         args = (*args, {}) if not kwargs and args and isinstance(args[-1], dict) else args
         try:

@@ -1,11 +1,12 @@
-"""Weight scales that no runtime trips over."""
+"""Scales as a graph wants them: large enough for every runtime, constant, and of any precision."""
 
 import torch
 from torch import Tensor, nn
 
 from lq.export.fold import OUTPUTS_FIRST
 from lq.functional.grid import largest_code
-from lq.nn import QuantMixin
+from lq.nn import QuantMixin, QuantModule
+from lq.surgery import named_quantizers
 
 # Half of int32's range: the sum of products has to fit beside the bias.
 MAX_BIAS_CODE = 2**30
@@ -46,3 +47,30 @@ def _floor(module: QuantMixin, amax: Tensor) -> Tensor | None:
     if isinstance(module, OUTPUTS_FIRST) and amax.shape[0] == amax.numel() == floor.numel():
         return floor.reshape(amax.shape)
     return None
+
+
+@torch.no_grad()
+def fix_learned_scales_(model: nn.Module) -> None:
+    """Turn learned ranges into fixed ones, in place: an exported graph has constants.
+
+    Ranges that reach as far on both sides, and those of unsigned quantizers: others clip more than their amax says. What is
+    learned is clipped to before quantization, so the most negative code is never used.
+    """
+    for _, quantizer in named_quantizers(model):
+        clip, amax = quantizer.clip, quantizer.amax
+        if clip is not None and (quantizer.unsigned or torch.equal(-clip.clip_value_min, clip.clip_value_max)):
+            desc = quantizer.quant_desc
+            quantizer.clip = None
+            quantizer.quant_desc = desc.replace(learn_amax=False, narrow_range=True, scale_amax=None)
+            quantizer._amax = amax
+
+
+@torch.no_grad()
+def round_weights_(model: nn.Module) -> None:
+    """Replace weights by what their quantizers make of them, in place: half precision then rounds no value to another code."""
+    for module in model.modules():
+        for role, quantizer in module.quantizers().items() if isinstance(module, QuantModule) else ():
+            weight = module._parameters.get(role)
+            if weight is not None and quantizer.active:
+                module._parameters[role] = nn.Parameter(quantizer(weight), requires_grad=False)
+                quantizer._pre_quant_scale = None

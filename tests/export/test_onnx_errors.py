@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lq
 from exported import calibrated
-from lq.descriptor import INT8_INPUT, QuantDescriptor, QuantRule
+from lq.descriptor import INT4_BLOCKS, INT8_INPUT, INT8_WEIGHT, QuantDescriptor, QuantRule
 from lq.export import to_onnx
 
 X = torch.randn(4, 3)
@@ -51,13 +51,15 @@ REFUSED = {
     ),
     "16 bit weight": (lambda: model(num_bits=16), "`0.weight`, `2.weight` (2 of 4 quantizers) have `num_bits=16`, signed"),
     "unsigned 8": (lambda: model(INT8_INPUT.replace(unsigned=True)), "have `num_bits=8`, unsigned: codes must fit into int8"),
-    "fp8": (
-        lambda: model(QuantDescriptor(num_bits=(4, 3))),
-        "`0.input`, `2.input` (2 of 4 quantizers) have `num_bits=(4, 3)`, a float",
+    "e5m2": (
+        lambda: model(QuantDescriptor(num_bits=(5, 2))),
+        "`0.input`, `2.input` (2 of 4 quantizers) have `num_bits=(5, 2)`, a float",
     ),
-    "blocks": (
-        lambda: calibrated(nn.Sequential(nn.Linear(256, 4)), torch.randn(2, 256), rules="w4a16"),
-        "`0.weight` (1 of 1 quantizers) have `block_size=128`",
+    "blocks of inputs": (
+        lambda: calibrated(
+            nn.Sequential(nn.Linear(256, 4)), torch.randn(2, 256), rules=[QuantRule("*", INT4_BLOCKS, INT8_WEIGHT)]
+        ),
+        "`0.input` (1 of 2 quantizers) have `block_size=128`",
     ),
     "two axes": (lambda: model(axis=(0, 1)), "`0.weight`, `2.weight` (2 of 4 quantizers) have an amax along 2 axes"),
     "half precision": (lambda: model().half(), "`0.weight` is torch.float16"),
@@ -123,9 +125,9 @@ def test_dynamic_shapes(tmp_path, no_export):
         to_onnx(model(), X, tmp_path / "model.onnx", dynamic_shapes="auto")
 
 
-def test_runtime(tmp_path, no_export):
-    with pytest.raises(ValueError, match="`runtime` is 'tvm': choose one of tensorrt, onnxruntime"):
-        to_onnx(model(), X, tmp_path / "model.onnx", runtime="tvm")
+def test_target(tmp_path, no_export):
+    with pytest.raises(ValueError, match="`target` is 'tvm': choose one of tensorrt, onnxruntime"):
+        to_onnx(model(), X, tmp_path / "model.onnx", target="tvm")
 
 
 class FixedBatch(nn.Linear):

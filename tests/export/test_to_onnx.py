@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections import Counter
 
 import lightning
 import numpy as np
@@ -52,13 +53,15 @@ def test_weights_are_int8_codes_behind_dequantize_linear(net):
         amax = layer.weight_quantizer.amax
         dequantize = graph.node(f"{name}.weight/DequantizeLinear")
         stored, scale, zero_point = (graph.constants[i] for i in dequantize.input)
-        np.testing.assert_array_equal(stored, codes(layer.weight, amax))
+        # a MatMul has its inputs first
+        transposed = name == "token"
+        np.testing.assert_array_equal(stored.T if transposed else stored, codes(layer.weight, amax))
         np.testing.assert_array_equal(scale, (amax / 127).flatten().numpy())
         assert scale.dtype == np.float32
         assert zero_point.dtype == np.int8
         assert not zero_point.any()
         assert zero_point.shape == scale.shape
-        assert [a.i for a in dequantize.attribute if a.name == "axis"] == [0]
+        assert [a.i for a in dequantize.attribute if a.name == "axis"] == [int(transposed)]
 
 
 def test_no_float_copy_of_a_quantized_weight_is_left(net):
@@ -197,6 +200,8 @@ def test_every_layer_stores_its_codes(side, name):
     model, graph = side
     layer = model.layers[name]
     stored = graph.constants[f"layers.{name}.weight_quantized"]
+    # a MatMul has its inputs first
+    stored = stored.T if name == "linear3" else stored
     np.testing.assert_array_equal(stored, codes(layer.weight, layer.weight_quantizer.amax))
 
 
@@ -291,7 +296,7 @@ def test_weight_that_is_also_used_in_float_keeps_both(tmp_path):
     model = calibrated(Tied(), tokens)
     graph = export(model, tokens, tmp_path)
     close(model, graph, tokens)
-    assert sorted(c.dtype.name for c in graph.constants.values() if c.shape == (9, 6)) == ["float32", "int8"]
+    assert {(c.dtype.name, c.shape) for c in graph.constants.values() if c.size == 54} == {("float32", (9, 6)), ("int8", (6, 9))}
 
 
 class Clash(nn.Module):
@@ -477,23 +482,78 @@ class Relus(nn.Module):
         return self.f(torch.relu(self.plain(after))), before, after
 
 
+def kernels(graph, x, folder):
+    graph.run(x, optimize=True, rewritten=folder / "rewritten")
+    return Counter(node.op_type for node in onnx.load(str(folder / "rewritten")).graph.node)
+
+
 def test_layout_for_onnx_runtime_computes_the_same_in_int8(tmp_path):
     (tmp_path / "plain").mkdir()
     x = torch.randn(4, 3, 8, 8)
     model = calibrated(Relus(), x, rules=[*PRESETS["int8"], QuantRule("plain", None, INT8_WEIGHT)])
     plain = export(model, x, tmp_path / "plain")
-    graph = export(model, x, tmp_path, runtime="onnxruntime")
+    graph = export(model, x, tmp_path, target="onnxruntime")
     for e, a in zip(plain.run(x), graph.run(x), strict=True):
         np.testing.assert_array_equal(a, e)
     assert [len(plain.of(op)) for op in ("Relu", "LeakyRelu")] == [6, 0]
     assert [len(graph.of(op)) for op in ("Relu", "LeakyRelu")] == [4, 2]
+    assert "QLinearConv" not in kernels(plain, x, tmp_path)
+    assert {"QLinearConv", "QLinearLeakyRelu", "QGemm"} <= set(kernels(graph, x, tmp_path))
 
-    def kernels(g):
-        g.run(x, optimize=True, rewritten=tmp_path / "rewritten")
-        return [node.op_type for node in onnx.load(str(tmp_path / "rewritten")).graph.node]
 
-    assert "QLinearConv" not in kernels(plain)
-    assert {"QLinearConv", "QLinearLeakyRelu", "QGemm"} <= set(kernels(graph))
+class Mobile(nn.Module):
+    """A pool and ReLU6 between layer and codes, a residual add, and a tensor that three layers take."""
+
+    def __init__(self, top: float = 6.0) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.first = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Hardtanh(0, top), nn.Conv2d(8, 8, 1))
+        self.left, self.right, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(x + self.first(x))
+        return self.out(torch.cat([self.left(x), self.right(x)], 1))
+
+
+def test_codes_for_onnx_runtime_are_uint8_and_everything_runs_in_integers(tmp_path):
+    (tmp_path / "plain").mkdir()
+    x = torch.randn(4, 3, 16, 16)
+    model = Mobile().eval()
+    lq.quantize_(model, target="onnxruntime", args=x)
+    with lq.calibrating(model):
+        model(x)
+    plain, graph = export(model, x, tmp_path / "plain"), export(model, x, tmp_path, target="onnxruntime")
+    np.testing.assert_array_equal(graph.run(x)[0], plain.run(x)[0])
+    points = {graph.constants[node.input[2]].dtype for node in graph.of("QuantizeLinear")}
+    assert points == {np.dtype(np.uint8)}
+    assert all((graph.constants[node.input[2]] == 128).all() for node in graph.of("QuantizeLinear"))
+    # weights are int8 around 0
+    assert {c.dtype for name, c in graph.constants.items() if name.endswith("weight_quantized")} == {np.dtype(np.int8)}
+    found = kernels(graph, x, tmp_path)
+    assert found["QLinearConv"] == 5
+    assert found["QLinearAdd"] == found["NhwcMaxPool"] == 1
+    # the last one gives floats
+    assert found["Conv"] + found["FusedConv"] == 1
+    assert kernels(plain, x, tmp_path)["QLinearConv"] < 5
+
+
+def test_a_clip_within_the_codes_stays(tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    model = Mobile(top=0.1).eval()
+    lq.quantize_(model, target="onnxruntime", args=x)
+    with lq.calibrating(model):
+        model(x)
+    model.first[2].input_quantizer.amax = 0.2
+    graph = export(model, x, tmp_path, target="onnxruntime")
+    assert len(graph.of("Clip")) == 1
+    with torch.no_grad():
+        np.testing.assert_allclose(graph.run(x)[0], model(x).numpy(), atol=1e-5)
+    model.first[2].input_quantizer.amax = 0.1
+    graph = export(model, x, tmp_path, target="onnxruntime")
+    assert not graph.of("Clip")
+    with torch.no_grad():
+        np.testing.assert_allclose(graph.run(x)[0], model(x).numpy(), atol=1e-5)
 
 
 def test_importing_lq_imports_no_optional_package():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lq
 from exported import calibrated
 from lq.descriptor import INT8_WEIGHT, PRESETS, QuantRule
 from lq.export import OnnxModel, Verification, compare_latency, latency, to_onnx, verify
@@ -29,7 +30,7 @@ def test_agreement(exported):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     try:
-        result = verify(model, path, iter(batches))
+        result = verify(model, path, batches=iter(batches))
         assert all(m.training for m in model.modules())
     finally:
         model.eval()
@@ -37,15 +38,16 @@ def test_agreement(exported):
     assert not any(m._forward_hooks for m in model.modules())
     assert isinstance(result, Verification)
     assert result.samples == 69
-    assert result.agreement == 1
-    assert (result.disagreements, result.worst_disagreement_steps) == (0, 0)
-    assert 0 <= result.mean_abs_diff <= result.max_abs_diff == result.max_abs_diffs[0]
-    assert result.max_diff_steps < 0.01
+    assert result.onnxruntime.agreement == 1
+    assert (result.onnxruntime.disagreements, result.onnxruntime.worst_disagreement_steps) == (0, 0)
+    (output,) = result.onnxruntime.outputs
+    assert 0 <= output.mean_abs <= output.max_abs
+    assert result.onnxruntime.outputs[0].max_steps < 0.01
     with torch.no_grad():
         predictions = torch.cat([model(x) for (x,) in batches]).argmax(1)
-    assert torch.equal(result.torch_predictions, predictions)
-    assert torch.equal(result.onnx_predictions, predictions)
-    assert result.onnx_predictions.dtype == torch.int64
+    assert torch.equal(result.predictions, predictions)
+    assert torch.equal(result.onnxruntime.predictions, predictions)
+    assert result.onnxruntime.predictions.dtype == torch.int64
 
 
 def test_step_is_one_code_of_the_last_layers_input(exported):
@@ -53,12 +55,12 @@ def test_step_is_one_code_of_the_last_layers_input(exported):
     last = model[4]
     weight = last.weight_quantizer(last.weight.detach()).abs().max()
     expected = float(last.input_quantizer.amax / 127 * weight)
-    assert verify(model, path, batches).step == pytest.approx(expected, rel=1e-6)
+    assert verify(model, path, batches=batches).onnxruntime.outputs[0].step == pytest.approx(expected, rel=1e-6)
 
 
 def test_differences_are_counted(exported):
     model, path, batches = exported
-    step = verify(model, path, batches).step
+    step = verify(model, path, batches=batches).onnxruntime.outputs[0].step
     x = torch.cat([x for (x,) in batches])
     changed = copy.deepcopy(model)
     with torch.no_grad():
@@ -68,19 +70,19 @@ def test_differences_are_counted(exported):
         changed[4].bias *= 0.5
         changed[4].bias[0] += 0.1 * before.std()
         after = changed(x)
-    result = verify(changed, path, batches)
+    result = verify(changed, path, batches=batches)
     unequal = before.argmax(1) != after.argmax(1)
     difference = (before - after).abs()
-    assert 0 < result.disagreements == int(unequal.sum()) < 69
-    assert result.agreement == pytest.approx(1 - result.disagreements / 69)
-    assert result.mean_abs_diff == pytest.approx(float(difference.mean()), rel=1e-3)
-    assert result.max_abs_diff == pytest.approx(float(difference.max()), rel=1e-3)
+    assert 0 < result.onnxruntime.disagreements == int(unequal.sum()) < 69
+    assert result.onnxruntime.agreement == pytest.approx(1 - result.onnxruntime.disagreements / 69)
+    assert result.onnxruntime.outputs[0].mean_abs == pytest.approx(float(difference.mean()), rel=1e-3)
+    assert result.onnxruntime.outputs[0].max_abs == pytest.approx(float(difference.max()), rel=1e-3)
     # the step is that of the model which is given
-    step = verify(changed, path, batches).step
-    assert result.max_diff_steps == pytest.approx(float(difference.max()) / step, rel=1e-3)
+    step = verify(changed, path, batches=batches).onnxruntime.outputs[0].step
+    assert result.onnxruntime.outputs[0].max_steps == pytest.approx(float(difference.max()) / step, rel=1e-3)
     worst = float(difference.amax(1)[unequal].max())
     assert worst < 0.99 * float(difference.max())
-    assert result.worst_disagreement_steps == pytest.approx(worst / step, rel=1e-3)
+    assert result.onnxruntime.worst_disagreement_steps == pytest.approx(worst / step, rel=1e-3)
 
 
 class TwoHeads(nn.Module):
@@ -99,24 +101,24 @@ def test_keyword_batches_single_logit_and_two_outputs(tmp_path):
     x, shift = torch.randn(8, 3), torch.randn(4, 1)
     model = calibrated(TwoHeads(), x, shift=shift)
     path = to_onnx(model, x, tmp_path / "model.onnx", kwargs={"shift": shift})
-    result = verify(model, path, [{"x": torch.randn(8, 3), "shift": shift} for _ in range(2)])
+    result = verify(model, path, batches=[{"x": torch.randn(8, 3), "shift": shift} for _ in range(2)])
     assert result.samples == 16
-    assert result.torch_predictions.shape == (16,)
-    assert 0 < result.torch_predictions.sum() < 16
-    assert result.agreement == 1
-    assert len(result.max_abs_diffs) == 2
-    assert max(result.max_abs_diffs) < 1e-5
+    assert result.predictions.shape == (16,)
+    assert 0 < result.predictions.sum() < 16
+    assert result.onnxruntime.agreement == 1
+    assert [output.name for output in result.onnxruntime.outputs] == list(OnnxModel(path).outputs)
+    assert max(output.max_abs for output in result.onnxruntime.outputs) < 1e-5
     small = model.small
     largest = small.weight_quantizer(small.weight.detach()).abs().max()
-    assert result.step == pytest.approx(float(small.input_quantizer.amax / 127 * largest), rel=1e-6)
+    assert result.onnxruntime.outputs[0].step == pytest.approx(float(small.input_quantizer.amax / 127 * largest), rel=1e-6)
 
 
 def test_feed_maps_a_batch_to_inputs(exported):
     model, path, batches = exported
     (name,) = OnnxModel(path).inputs
-    assert verify(model, path, batches, feed=lambda batch: {name: batch[0]}).agreement == 1
+    assert verify(model, path, batches=batches, feed=lambda batch: {name: batch[0]}).onnxruntime.agreement == 1
     # what is fed is what is run
-    assert verify(model, path, batches, feed=lambda batch: {name: -batch[0]}).agreement < 1
+    assert verify(model, path, batches=batches, feed=lambda batch: {name: -batch[0]}).onnxruntime.agreement < 1
 
 
 def test_step_is_of_the_last_layer_with_a_quantized_input(tmp_path):
@@ -127,32 +129,107 @@ def test_step_is_of_the_last_layer_with_a_quantized_input(tmp_path):
     )
     layer = model[1]
     largest = layer.weight_quantizer(layer.weight.detach()).abs().max()
-    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), [x])
-    assert result.step == pytest.approx(float(layer.input_quantizer.amax / 127 * largest), rel=1e-6)
+    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), batches=[x])
+    assert result.onnxruntime.outputs[0].step == pytest.approx(float(layer.input_quantizer.amax / 127 * largest), rel=1e-6)
 
 
 def test_step_is_nan_where_no_input_is_quantized(tmp_path):
     x = torch.randn(4, 6)
     model = calibrated(nn.Sequential(nn.Linear(6, 3)), x, rules="int8_weight_only")
-    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), [x])
-    assert math.isnan(result.step)
-    assert math.isnan(result.max_diff_steps)
-    assert result.max_abs_diff < 1e-6
+    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), batches=[x])
+    assert math.isnan(result.onnxruntime.outputs[0].step)
+    assert math.isnan(result.onnxruntime.outputs[0].max_steps)
+    assert result.onnxruntime.outputs[0].max_abs < 1e-6
 
 
 def test_dense_predictions(tmp_path):
     x = torch.randn(2, 3, 5, 5)
     model = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
-    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), [x, x[:1]])
+    result = verify(model, to_onnx(model, x, tmp_path / "model.onnx"), batches=[x, x[:1]])
     assert result.samples == 3
-    assert result.onnx_predictions.shape == (3, 3, 3)
-    assert result.agreement == 1
+    assert result.onnxruntime.predictions.shape == (3, 3, 3)
+    assert result.onnxruntime.agreement == 1
+
+
+# Layer by layer
+
+
+def test_codes_of_every_activation(exported):
+    model, path, batches = exported
+    result = verify(model, path, batches=batches)
+    # one batch of 32
+    assert [(layer.name, layer.codes, layer.unequal) for layer in result.layers] == [("0.input", 192, 0), ("4.input", 512, 0)]
+    assert result.first_difference is None
+    assert "all codes of 2 quantizers agree" in str(result)
+    assert str(result).startswith("onnxruntime: 100.00 % of 69 predictions agree")
+
+
+def test_first_layer_that_differs(exported):
+    model, path, batches = exported
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        codes = (model[1](model[0](batches[0][0])).relu() / model[4].input_quantizer.scale).round()
+        changed[1].bias += 3 * model[4].input_quantizer.scale
+        moved = (changed[1](changed[0](batches[0][0])).relu() / model[4].input_quantizer.scale).round()
+    difference = (codes.clamp(max=127) - moved.clamp(max=127)).abs()
+    result = verify(changed, path, batches=batches)
+    first = result.first_difference
+    assert (first.name, first.codes, first.unequal) == ("4.input", 512, int((difference > 0).sum()))
+    assert first.largest == pytest.approx(3, abs=1e-3)
+    assert f"first other codes: 4.input, {first.unequal} of 512, by 3 steps at most" in str(result)
+
+
+class Shared(nn.Module):
+    """A layer that runs twice, and two layers with one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.left, self.right = nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(x).relu()).relu()
+        return self.left(x) * self.right(x)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_codes_of_shared_quantizers(tmp_path, target):
+    x = torch.randn(8, 6)
+    model = Shared().eval()
+    lq.quantize_(model, "int8", target="tensorrt", args=(x,))
+    with lq.calibrating(model):
+        model(x)
+    path = to_onnx(model, x, tmp_path / "model.onnx", target=target)
+    result = verify(model, path, batches=[x])
+    assert [(layer.name, layer.codes, layer.unequal) for layer in result.layers] == [
+        ("twice.input", 96, 0),
+        ("left.input", 48, 0),
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("rules", ["fp8", "w4a16"])
+def test_the_graph_is_run_as_it_is_written(tmp_path, rules, precision):
+    # FP8: ONNX Runtime's optimizer drops the Relu in front of a QuantizeLinear; INT4: it rounds the inputs to int8
+    x = torch.randn(8, 128)
+    model = calibrated(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 16)), x, rules=rules)
+    path = to_onnx(model, x, tmp_path / "model.onnx", precision=precision)
+    result = verify(model, path, batches=[x])
+    (output,) = result.onnxruntime.outputs
+    with torch.no_grad():
+        largest = float(model(x).abs().max())
+    if precision == "fp32":
+        assert output.max_abs < 1e-5 * largest
+        assert result.first_difference is None
+    else:
+        # half precision may move a value to the next code
+        assert output.max_abs < 0.05 * largest
+    assert len(result.layers) == (2 if rules == "fp8" else 0)
 
 
 def test_no_batches(exported):
     model, path, _ = exported
     with pytest.raises(ValueError, match="`batches` is empty"):
-        verify(model, path, [])
+        verify(model, path, batches=[])
 
 
 def test_labels_in_a_batch_are_refused(exported):
@@ -161,13 +238,13 @@ def test_labels_in_a_batch_are_refused(exported):
     with pytest.raises(TypeError, match=r"takes 1 inputs \(input\), but 2 are given.*without labels"):
         OnnxModel(path)(x, torch.zeros(4))
     with pytest.raises(TypeError):
-        verify(model, path, [(x, torch.zeros(4))])
+        verify(model, path, batches=[(x, torch.zeros(4))])
 
 
 def test_another_model(exported):
     _, path, batches = exported
-    with pytest.raises(ValueError, match=r"returns tensors of shapes \[\(32, 3\)\], the ONNX model \[\(32, 4\)\]"):
-        verify(nn.Linear(6, 3), path, batches)
+    with pytest.raises(ValueError, match=r"returns tensors of shapes \[\(32, 3\)\], onnxruntime \[\(32, 4\)\]"):
+        verify(nn.Linear(6, 3), path, batches=batches)
 
 
 # Runtime
