@@ -10,22 +10,33 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.analysis.records import Deployed
 from lq.callbacks.feeding import forward_arguments
-from lq.export import OnnxModel, Verification, compare_latency, to_onnx, verify
+from lq.export import (
+    Engine,
+    OnnxModel,
+    RuntimeDifference,
+    Verification,
+    benchmark_engine,
+    build_engine,
+    compare_latency,
+    to_onnx,
+    verify,
+)
 from lq.nn.evaluating import evaluating
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """The exported graphs, and, on rank 0, how the quantized one compares with the fake-quantized model."""
+    """The exported graphs, engines of them, and, on rank 0, how the quantized one compares with the fake-quantized model."""
 
     float: Deployed
     quantized: Deployed
+    engines: list[Deployed]
     verification: Verification | None
     layout: TreeSpec
     conditions: str
@@ -34,14 +45,19 @@ class Deployment:
         """What the report says about the agreement."""
         if self.verification is None:
             return {}
-        v = self.verification
-        return {
-            "agreement with ONNX Runtime": f"{100 * v.agreement:.2f} % of {v.samples} predictions",
-            "largest difference at the output": f"{v.max_abs_diff:.3g} ({v.max_diff_steps:.3g} quantization steps)",
-            "disagreements": f"{v.disagreements}"
-            + f", at most {v.worst_disagreement_steps:.3g} steps apart" * (v.disagreements > 0),
-            "latency": self.conditions,
-        }
+        notes = _agreement("ONNX Runtime", self.verification.onnxruntime, self.verification.samples)
+        if self.verification.tensorrt is not None:
+            notes |= _agreement("TensorRT", self.verification.tensorrt, self.verification.samples)
+        return {**notes, "latency": self.conditions}
+
+
+def _agreement(name: str, found: RuntimeDifference, samples: int) -> dict[str, str]:
+    output = found.outputs[0]
+    apart = f"; {found.disagreements} disagree, at most {found.worst_disagreement_steps:.3g} steps apart"
+    return {
+        f"agreement with {name}": f"{100 * found.agreement:.2f} % of {samples} predictions" + apart * (found.disagreements > 0),
+        f"largest difference, {name}": f"{output.max_abs:.3g} at the output ({output.max_steps:.3g} quantization steps)",
+    }
 
 
 def deploy(
@@ -57,15 +73,18 @@ def deploy(
         return None
     models = {"float": float_model.cpu(), cfg.quant.name: model.cpu()}
     paths = {name: folder / f"{name}.onnx" for name in models}
-    latency = dict.fromkeys(paths, float("nan"))
+    latency, engines = dict.fromkeys(paths, float("nan")), []
     batches = list(inputs(model, data))
-    size = cfg.export.latency_batch
+    size, target = cfg.export.latency_batch, cfg.export.target or "tensorrt"
     example = tuple(a[:size] if isinstance(a, Tensor) else a for a in batches[0])
     verification = None
     if trainer.is_global_zero:
         for name, module in models.items():
-            to_onnx(module, example, paths[name], opset=cfg.export.opset, runtime=cfg.export.runtime)
-        verification = verify(model, paths[cfg.quant.name], batches)
+            options = {"opset": cfg.export.opset, "precision": cfg.export.precision, "target": target}
+            to_onnx(module, example, paths[name], **options)
+        plans = {} if cfg.export.engine is None else build(cfg, paths)
+        verification = verify(model, paths[cfg.quant.name], plans.get(cfg.quant.name), batches=batches)
+        engines = time_engines(plans, example)
         latency = compare_latency({name: OnnxModel(path) for name, path in paths.items()}, example)
     trainer.strategy.barrier()
     with evaluating(model):
@@ -73,9 +92,26 @@ def deploy(
     deployed = {name: Deployed(name, path, path.stat().st_size, latency[name]) for name, path in paths.items()}
     conditions = (
         f"ONNX Runtime {version('onnxruntime')} on this CPU, batch {min(size, len(batches[0][0]))}; the graph is laid out for "
-        f"{cfg.export.runtime}" + " (export.runtime=onnxruntime suits this one)" * (cfg.export.runtime == "tensorrt")
+        f"{target}" + " (export.target=onnxruntime suits this one)" * (target != "onnxruntime")
     )
-    return Deployment(deployed["float"], deployed[cfg.quant.name], verification, layout, conditions)
+    return Deployment(deployed["float"], deployed[cfg.quant.name], engines, verification, layout, conditions)
+
+
+def build(cfg: DictConfig, paths: dict[str, Path]) -> dict[str, Path]:
+    """A TensorRT engine of each graph."""
+    options: Any = OmegaConf.to_container(cfg.export.engine, resolve=True)
+    return {name: build_engine(path, path.with_suffix(".plan"), **options) for name, path in paths.items()}
+
+
+def time_engines(plans: dict[str, Path], example: tuple[Any, ...]) -> list[Deployed]:
+    """Latencies of a float engine and another one, in turns; nothing without engines."""
+    if not plans:
+        return []
+    (base, float_plan), (name, plan) = plans.items()
+    times = benchmark_engine(Engine(plan), example, against=Engine(float_plan))
+    assert times.against is not None
+    found = ((base, float_plan, times.against), (name, plan, times.engine))
+    return [Deployed(f"{name}, TensorRT", path, path.stat().st_size, latency.median_ms) for name, path, latency in found]
 
 
 def inputs(model: LightningModule, data: LightningDataModule) -> Iterator[tuple[Any, ...]]:
@@ -98,7 +134,8 @@ def validate_onnx(
     def forward(*args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in own.bind(*args, **kwargs).args if isinstance(a, Tensor)]
         # the loop's metrics live where its batches do
-        return tree_unflatten([output.to(tensors[0].device) for output in session(*tensors)], layout)
+        outputs = [output.float() if output.is_floating_point() else output for output in session(*tensors)]
+        return tree_unflatten([output.to(tensors[0].device) for output in outputs], layout)
 
     trainer: Trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     model.forward = forward  # type: ignore[method-assign]

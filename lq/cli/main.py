@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-VERBS = ("run", "recalibrate")
+VERBS = ("run", "recalibrate", "verify")
 
 
 class UserError(SystemExit):
@@ -79,8 +79,9 @@ def _job(cfg: Any) -> Any:
 
     from lq.cli.recalibrate import recalibrate
     from lq.cli.run import run
+    from lq.cli.verify import verify_run
 
-    verb = {"run": run, "recalibrate": recalibrate}[str(HydraConfig.get().job.config_name)]
+    verb = {"run": run, "recalibrate": recalibrate, "verify": verify_run}[str(HydraConfig.get().job.config_name)]
     explained = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
     try:
         return verb(cfg)

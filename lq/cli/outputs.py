@@ -43,8 +43,8 @@ def write_metrics(report: Report, deployment: Deployment | None, folder: Path) -
     for graph in report.deployed:
         metrics |= {f"{graph.name}/bytes": graph.bytes, f"{graph.name}/latency_ms": graph.latency_ms}
     if deployment is not None and deployment.verification is not None:
-        metrics["agreement"] = deployment.verification.agreement
-        metrics["worst_disagreement_steps"] = deployment.verification.worst_disagreement_steps
+        metrics["agreement"] = deployment.verification.onnxruntime.agreement
+        metrics["worst_disagreement_steps"] = deployment.verification.onnxruntime.worst_disagreement_steps
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -17,10 +17,11 @@ from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
 from lq.callbacks import Quantize
 from lq.checkpoint import Original, original, read_checkpoint
-from lq.cli.deploy import Deployment, deploy, validate_onnx
+from lq.cli.deploy import Deployment, deploy, inputs, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
+from lq.export import require_tensorrt
 from lq.export._require import require
-from lq.export.check import fits_int8
+from lq.export.check import E4M3, fits_int8
 from lq.surgery import named_quantizers, quantize_
 
 
@@ -52,6 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     used = [c for c in callbacks.values() if loggers or not isinstance(c, LearningRateMonitor)]
     trainer: Trainer = instantiate(cfg.trainer, max_epochs=qat_epochs(cfg), callbacks=used, logger=loggers)
     trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(folder / "checkpoints" / f"{cfg.quant.name}.ckpt")
     with console.status("Exporting, verifying and timing the graphs"):
         deployment = deploy(cfg, trainer, data, float_model, model, folder)
         if deployment is not None:
@@ -94,7 +96,7 @@ def describe(
     return Report(
         title=f"{cfg.name}: float to INT8",
         stages=[Stage(name, metrics) for name, metrics in quantize.stages.items()],
-        deployed=[] if deployment is None else [deployment.float, deployment.quantized],
+        deployed=[] if deployment is None else [deployment.float, deployment.quantized, *deployment.engines],
         layers=layers,
         notes=notes | ({} if deployment is None else deployment.notes()),
         histograms=quantize.histograms,
@@ -116,15 +118,21 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
             f"{type(model).__name__} needs a `validation_step`, and {type(data).__name__} a `val_dataloader`: `lq` measures each "
             "stage with them. The callbacks alone do without."
         )
-    quantized = quantize_(copy.deepcopy(model), quantize.rules)
+    if quantize.target is not None and model.example_input_array is None:
+        data.prepare_data()
+        data.setup("fit")
+        model.example_input_array = next(inputs(model, data))
+    quantized = quantize_(copy.deepcopy(model), quantize.rules, target=quantize.target)
     if cfg.export.format not in (None, "onnx"):
         raise ValueError(f"`export.format` is {cfg.export.format!r}: choose onnx or null.")
     if cfg.quant.name == "float":
         raise ValueError("`quant.name` is 'float', which is what the float graph is called: choose another.")
     if cfg.export.format is not None:
         require("onnx", "onnxscript", "onnxruntime")
+        if cfg.export.engine is not None:
+            require_tensorrt()
         for name, quantizer in named_quantizers(quantized):
-            if not fits_int8(quantizer.num_bits, quantizer.unsigned):
+            if quantizer.num_bits != E4M3 and not fits_int8(quantizer.num_bits, quantizer.unsigned):
                 raise ValueError(f"`{name}` has {quantizer.num_bits} bits, and its codes exceed int8: fewer, or export=none.")
     return quantize
 

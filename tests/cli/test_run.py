@@ -19,6 +19,7 @@ import lq
 import lq.conf
 from lq.cli.main import register_resolvers
 from lq.cli.run import qat_epochs, run
+from lq.export import EngineBenchmark, EngineLatency, OnnxModel
 from lq.recipes.digits import DigitsClassifier, DigitsDataModule
 from wandb_run import history
 
@@ -142,6 +143,76 @@ def test_the_offline_wandb_run_has_curves_stages_and_pictures(finished):
 
 
 @pytest.mark.slow
+def test_verify_looks_at_a_run_again(finished, tmp_path):
+    folder, _ = finished
+    result = command(tmp_path, "verify", f"run={folder}", "hydra.run.dir=out")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "verification.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert found["samples"] == 450
+    assert found["onnxruntime"]["agreement"] == metrics["agreement"]
+    assert f"onnxruntime: {100 * metrics['agreement']:.2f} % of 450 predictions agree" in result.stdout
+    names = [layer["name"] for layer in found["layers"]]
+    assert {"stem.0.input", "block.conv2.residual", "head.input"} <= set(names)
+    # what differs differs by float rounding
+    assert found["layers"][0]["unequal"] == 0
+    assert all(layer["unequal"] < 0.01 * layer["codes"] for layer in found["layers"])
+    assert {layer["precision"] for layer in found["placement"]} == {"INT8"}
+    assert "0 in float could be quantized" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["run=nowhere"], "`run` is 'nowhere', which has no config.yaml"),
+        (["run={run}", "onnx=missing.onnx"], "`onnx` is 'missing.onnx', but there is no such file"),
+        (["run={run}", "ckpt_path={run}/checkpoints/float.ckpt"], "has no amax: it is of a float model"),
+    ],
+)
+def test_verify_says_what_is_wrong(finished, tmp_path, told, message):
+    result = command(tmp_path, "verify", *(word.format(run=finished[0]) for word in told))
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_engines_are_built_verified_and_timed(tmp_path, monkeypatch, float_weights):
+    class StandIn(OnnxModel):
+        """ONNX Runtime in place of an engine."""
+
+        def __init__(self, plan):
+            super().__init__(Path(plan).with_suffix(".onnx"))
+
+    built = {}
+
+    def build(onnx, plan, **options):
+        built[plan.name] = options
+        plan.write_bytes(onnx.name.encode())
+        return plan
+
+    times = EngineBenchmark(EngineLatency(0.5, 0.6, 1000.0), EngineLatency(1.0, 1.2, 500.0))
+    monkeypatch.setattr("lq.cli.run.require_tensorrt", lambda: None)
+    monkeypatch.setattr("lq.cli.deploy.build_engine", build)
+    monkeypatch.setattr("lq.cli.deploy.Engine", StandIn)
+    monkeypatch.setattr("lq.export.engine.Engine", StandIn)
+    monkeypatch.setattr("lq.cli.deploy.benchmark_engine", lambda engine, args, against: times)
+    metrics = run(config(tmp_path, *QUICK, "export=tensorrt", f"ckpt_path={float_weights}", "logger=none"))
+    assert built.keys() == {"float.plan", "int8.plan"}
+    assert built["int8.plan"] == {"profiles": 32, "workspace": None, "timing_cache": None, "optimization_level": None}
+    assert (metrics["float, TensorRT/latency_ms"], metrics["int8, TensorRT/latency_ms"]) == (1.0, 0.5)
+    assert "agreement with TensorRT" in (tmp_path / "report.md").read_text()
+    # in half precision
+    assert (tmp_path / "float.onnx").stat().st_size < 0.6 * 155_000
+
+
+def test_engines_without_tensorrt_are_refused_before_training(tmp_path):
+    with pytest.raises(ImportError, match="TensorRT is missing"):
+        run(config(tmp_path, *QUICK, "export=tensorrt", "logger=none"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.yaml"}
+
+
+@pytest.mark.slow
 def test_the_float_checkpoint_of_a_run_starts_another(finished, tmp_path):
     folder, _ = finished
     first = json.loads((folder / "metrics.json").read_text())
@@ -236,12 +307,14 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
         ("rescale.alpha=2", "alpha.*2"),
         ("quant.weight.num_bits=33", "num_bits.*33"),
         ("+quant.input.bits=8", "bits.*num_bits"),
-        ("quant.overrides=[{pattern: stemm}]", "stemm.*closest.*stem"),
-        ("quant.overrides=[{patern: stem}]", "patern.*pattern"),
+        ("quant.overrides=[{pattern:stemm}]", "stemm.*closest.*stem"),
+        ("quant.overrides=[{patern:stem}]", "patern.*pattern"),
         ("calib.batches=0", "batches.*0"),
         ("schedule.freeze_after=1.5", "freeze_after.*1.5"),
         ("schedule.epochs=0", "schedule.epochs.*0"),
-        ("quant.input.num_bits=16", "stem.0.input.*16 bits"),
+        ("quant.input.num_bits=16", "num_bits=16.*TensorRT takes at most 8"),
+        ("quant.input.num_bits=16 export.target=null", "stem.0.input.*16 bits"),
+        ("export.target=tvm", "target.*tvm"),
         ("export.format=engine", "export.format.*engine"),
         ("callbacks.quantize=null", "callbacks.quantize"),
         ("quant.name=float", "quant.name"),
@@ -250,7 +323,7 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
 )
 def test_bad_values_are_refused_before_training(tmp_path, told, message):
     with pytest.raises(Exception, match=message):
-        run(config(tmp_path, *QUICK, told, "logger=none"))
+        run(config(tmp_path, *QUICK, *told.split(" "), "logger=none"))
     assert {path.name for path in tmp_path.iterdir()} <= {"config.yaml"}
 
 

@@ -1,0 +1,63 @@
+"""``lq verify``: does the graph of a run, and its engine, compute what its model does?"""
+
+import json
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule
+from omegaconf import DictConfig, OmegaConf
+
+from lq.cli.deploy import inputs
+from lq.cli.outputs import prepare_folder
+from lq.export import placement_report, verify
+from lq.export.difference import RuntimeDifference
+from lq.load import load_quantized
+
+
+def verify_run(cfg: DictConfig) -> dict[str, Any]:
+    """Print how the graph of a run differs from its model on the validation data, and write it as ``verification.json``.
+
+    Returns:
+        What is in that file.
+    """
+    folder = Path(cfg.run)
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"`run` is {str(folder)!r}, which has no config.yaml: give the output folder of an `lq` run.")
+    ran = OmegaConf.load(folder / "config.yaml")
+    onnx = Path(cfg.onnx or folder / f"{ran.quant.name}.onnx")
+    if not onnx.is_file():
+        raise FileNotFoundError(f"`onnx` is {str(onnx)!r}, but there is no such file: give the graph of this run.")
+    output = prepare_folder(cfg)
+    plan = Path(cfg.plan or onnx.with_suffix(".plan"))
+    data: LightningDataModule = instantiate(ran.data)
+    model: LightningModule = instantiate(ran.model)
+    data.prepare_data()
+    data.setup("fit")
+    if model.example_input_array is None:
+        model.example_input_array = next(inputs(model, data))
+    load_quantized(model, cfg.ckpt_path or folder / "checkpoints" / f"{ran.quant.name}.ckpt")
+    batches = islice(inputs(model, data), cfg.batches)
+    result = verify(model, onnx, plan if cfg.plan or plan.is_file() else None, batches=batches)
+    placement = placement_report(onnx)
+    print(f"{result}\nplacement: {placement.summary}")
+    runtimes = (result.onnxruntime, result.tensorrt)
+    found = {
+        "samples": result.samples,
+        **{runtime.runtime: _figures(runtime) for runtime in runtimes if runtime is not None},
+        "layers": [asdict(layer) for layer in result.layers],
+        "placement": placement.records(),
+    }
+    (output / "verification.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _figures(runtime: RuntimeDifference) -> dict[str, Any]:
+    return {
+        "agreement": runtime.agreement,
+        "disagreements": runtime.disagreements,
+        "worst_disagreement_steps": runtime.worst_disagreement_steps,
+        "outputs": [asdict(o) | {"max_steps": o.max_steps, "mean_steps": o.mean_steps} for o in runtime.outputs],
+    }
