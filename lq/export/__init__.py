@@ -1,14 +1,21 @@
 """To ONNX, and from there: export, verification in ONNX Runtime, latency. Needs ``pip install "lightning-lq[export]"``."""
 
-from lq.export.benchmark import EngineBenchmark, EngineLatency, benchmark_engine
 from lq.export.by_hand import enable_onnx_export
 from lq.export.difference import OutputDifference, RuntimeDifference
-from lq.export.engine import Engine
-from lq.export.inspection import EngineLayer, EngineReport, engine_report
 from lq.export.onnx import to_onnx
 from lq.export.placement import LayerPlacement, PlacementReport, Reformat, placement_report
 from lq.export.runtime import OnnxModel, compare_latency, latency
-from lq.export.tensorrt import build_engine, require_tensorrt
+from lq.export.tensorrt import (
+    Engine,
+    EngineBenchmark,
+    EngineLatency,
+    EngineLayer,
+    EngineReport,
+    benchmark_engine,
+    build_engine,
+    engine_report,
+    require_tensorrt,
+)
 from lq.export.verify import Verification, verify
 
 __all__ = [

@@ -19,8 +19,8 @@ from lq.nn.evaluating import evaluating
 from lq.nn.example import as_args, on_device_of
 
 if TYPE_CHECKING:
-    from lq.export.engine import Engine
     from lq.export.parting import CodeDifference
+    from lq.export.tensorrt.engine import Engine
 
 
 class Runtime(Protocol):
@@ -125,7 +125,7 @@ def verify(
 def _runtimes(onnx: str | Path | OnnxModel, plan: "str | Path | Engine | None") -> dict[str, Runtime]:
     runtimes: dict[str, Runtime] = {"onnxruntime": onnx if isinstance(onnx, OnnxModel) else OnnxModel(onnx)}
     if plan is not None:
-        from lq.export.engine import Engine
+        from lq.export.tensorrt.engine import Engine
 
         runtimes["tensorrt"] = plan if isinstance(plan, Engine) else Engine(plan)
     return runtimes

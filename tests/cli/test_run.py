@@ -195,7 +195,7 @@ def test_engines_are_built_verified_and_timed(tmp_path, monkeypatch, float_weigh
     monkeypatch.setattr("lq.cli.run.require_tensorrt", lambda: None)
     monkeypatch.setattr("lq.cli.deploy.build_engine", build)
     monkeypatch.setattr("lq.cli.deploy.Engine", StandIn)
-    monkeypatch.setattr("lq.export.engine.Engine", StandIn)
+    monkeypatch.setattr("lq.export.tensorrt.engine.Engine", StandIn)
     monkeypatch.setattr("lq.cli.deploy.benchmark_engine", lambda engine, args, against: times)
     metrics = run(config(tmp_path, *QUICK, "export=tensorrt", f"ckpt_path={float_weights}", "logger=none"))
     assert built.keys() == {"float.plan", "int8.plan"}

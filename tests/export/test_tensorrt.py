@@ -11,9 +11,9 @@ from torch import nn
 
 import fake_tensorrt
 import lq
-import lq.export.benchmark
-import lq.export.engine
-import lq.export.inspection
+import lq.export.tensorrt.benchmark
+import lq.export.tensorrt.engine
+import lq.export.tensorrt.inspection
 from exported import calibrated
 from lq.export import Engine, benchmark_engine, build_engine, engine_report, require_tensorrt, to_onnx, verify
 
@@ -38,7 +38,7 @@ def fake(monkeypatch):
     """``tensorrt`` is the stand-in, and memory addresses lead to tensors."""
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(lq.export.engine, "_OwnStream", FakeStream)
+    monkeypatch.setattr(lq.export.tensorrt.engine, "_OwnStream", FakeStream)
     data_ptr = torch.Tensor.data_ptr
 
     def seen(tensor):
@@ -254,7 +254,7 @@ def test_engine_report_joins_kernels_with_the_graph(tmp_path, monkeypatch):
         kernel("fused", ["Half NCHW"], metadata="[ONNX Layer: 2.input/DequantizeLinear]\x1e[ONNX Layer: 2/Conv]"),
         kernel("Reformatting CopyNode for Input Tensor 0 to 4/Gemm", ["Half"], "Reformat"),
     ]
-    monkeypatch.setattr(lq.export.inspection, "Engine", Report)
+    monkeypatch.setattr(lq.export.tensorrt.inspection, "Engine", Report)
     report = engine_report(Report(*found), path)
     assert [(r.placement.name, r.placement.precision, r.precision) for r in report.layers] == [
         ("0/Conv", "INT8", "INT8"),
@@ -284,7 +284,7 @@ def test_benchmark_takes_turns(monkeypatch):
             order.append(self.name)
 
     order = []
-    monkeypatch.setattr(lq.export.benchmark, "_milliseconds", lambda one, tensors: [one(*tensors), next(one.times)][1])
+    monkeypatch.setattr(lq.export.tensorrt.benchmark, "_milliseconds", lambda one, tensors: [one(*tensors), next(one.times)][1])
     int8, half = Timed("int8", [50, *([1.0] * 97), 2, 3, 4]), Timed("half", [50, *([4.0] * 100)])
     found = benchmark_engine(int8, torch.ones(8, 3), against=half, repeats=100, warmup=1)
     assert order == ["int8", "half"] * 101

@@ -1,4 +1,4 @@
-"""Engines out of ONNX Q/DQ graphs, with TensorRT 10 and 11. Written against NVIDIA's documentation; not tried on a GPU yet."""
+"""Engines out of ONNX Q/DQ graphs, with TensorRT 10 and 11."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""TensorRT engines as functions of tensors. Written against NVIDIA's documentation; not tried on a GPU yet."""
+"""TensorRT engines as functions of tensors."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq.export.tensorrt import make_log, require_tensorrt
+from lq.export.tensorrt.build import make_log, require_tensorrt
 
 # TensorRT's names of types that torch has.
 DTYPES = {

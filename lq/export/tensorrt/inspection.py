@@ -1,12 +1,12 @@
-"""What an engine does with the layers of its graph. Written against NVIDIA's documentation; not tried on a GPU yet."""
+"""What an engine does with the layers of its graph."""
 
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lq.export.engine import Engine
 from lq.export.placement import LayerPlacement, Precision, placement_report
+from lq.export.tensorrt.engine import Engine
 
 # How the inspector's formats begin, as in "Int8 NC/32HW32" or "E4M3 NCHW"; all else is float.
 TYPES: dict[str, Precision] = {"int8": "INT8", "fp8": "FP8", "e4m3": "FP8", "int4": "INT4"}

@@ -1,4 +1,4 @@
-"""How fast an engine is. Written against NVIDIA's documentation; not tried on a GPU yet."""
+"""How fast an engine is."""
 
 import statistics
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lq.export.engine import Engine
+from lq.export.tensorrt.engine import Engine
 from lq.nn.example import as_args
 
 
