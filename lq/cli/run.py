@@ -129,6 +129,11 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
         raise ValueError("`quant.name` is 'float', which is what the float graph is called: choose another.")
     if cfg.export.format is not None:
         require("onnx", "onnxscript", "onnxruntime")
+        if cfg.export.precision not in ("fp32", "fp16"):
+            raise ValueError(
+                f"`export.precision` is {cfg.export.precision!r}: choose fp32 or fp16, which ONNX Runtime runs on the CPU; "
+                "`lq.export.to_onnx` also writes bf16."
+            )
         if cfg.export.engine is not None:
             require_tensorrt()
         for name, quantizer in named_quantizers(quantized):

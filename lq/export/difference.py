@@ -78,7 +78,7 @@ class Totals:
         shapes = [[tuple(x.shape) for x in outputs] for outputs in (expected, actual)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"The model returns tensors of shapes {shapes[0]}, {runtime} {shapes[1]}: export the model again.")
-        differences = [(a.double() - e.double()).abs() for e, a in zip(expected, actual, strict=True)]
+        differences = [_apart(e.double(), a.double()) for e, a in zip(expected, actual, strict=True)]
         zeros = [0] * len(differences)
         self.count = [n + d.numel() for n, d in zip(self.count or zeros, differences, strict=True)]
         self.total = [t + float(d.sum()) for t, d in zip(self.total or zeros, differences, strict=True)]
@@ -106,6 +106,12 @@ class Totals:
             worst_disagreement_steps=self.worst / steps[0] if self.unequal else 0.0,
             predictions=predictions,
         )
+
+
+def _apart(expected: Tensor, actual: Tensor) -> Tensor:
+    """Absolute differences; infinite where only one is NaN or infinite, or both are and differ."""
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
+    return (actual - expected).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0)
 
 
 def predict(output: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 import torch
@@ -38,6 +37,11 @@ class CodeDifference:
     unequal: int
     largest: float
 
+    @property
+    def beyond_rounding(self) -> bool:
+        """Whether more than float rounding is at work: more than one code of a hundred differs, by however much."""
+        return self.unequal > max(1, self.codes / 100)
+
 
 Calls = list[tuple[TensorQuantizer, Tensor]]
 
@@ -63,7 +67,7 @@ def recording(model: nn.Module) -> Iterator[Calls]:
 
 
 def compare_codes(
-    model: nn.Module, calls: Calls, path: Path, run: Callable[[OnnxModel], tuple[Tensor, ...]]
+    model: nn.Module, calls: Calls, graph: OnnxModel, run: Callable[[OnnxModel], tuple[Tensor, ...]]
 ) -> tuple[CodeDifference, ...]:
     """Differences at the quantizers of activations, in the order in which torch calls them first.
 
@@ -73,17 +77,18 @@ def compare_codes(
     Args:
         model: the model that was exported.
         calls: what :func:`recording` left.
-        path: the graph.
+        graph: from a file.
         run: runs a graph on the batch of ``calls``.
     """
-    proto = onnx.load(path)
+    assert graph.path is not None
+    proto = onnx.load(graph.path)
     if proto.ByteSize() > MAX_BYTES:
         return ()
     first = len(proto.graph.output)
     exposed = _expose_codes_(proto.graph)
     if not exposed:
         return ()
-    outputs = run(OnnxModel(proto.SerializeToString()))[first:]
+    outputs = run(OnnxModel(proto.SerializeToString(), optimize=graph.optimize))[first:]
     # a graph names a quantizer by the path of a call, of which a shared one has several
     of_path = {
         path.removesuffix("_quantizer"): module

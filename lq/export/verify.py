@@ -53,8 +53,8 @@ class Verification:
 
     @property
     def first_difference(self) -> "CodeDifference | None":
-        """Where torch and ONNX Runtime part: the first quantizer that gives other codes, if there is one."""
-        return next((layer for layer in self.layers if layer.unequal), None)
+        """Where torch and ONNX Runtime part: the first quantizer whose codes differ by more than float rounding does."""
+        return next((layer for layer in self.layers if layer.beyond_rounding), None)
 
     def __str__(self) -> str:
         lines = []
@@ -72,7 +72,8 @@ class Verification:
                 f"first other codes: {first.name}, {first.unequal} of {first.codes}, by {first.largest:.3g} steps at most"
             )
         elif self.layers:
-            lines.append(f"all codes of {len(self.layers)} quantizers agree")
+            unequal, codes = sum(layer.unequal for layer in self.layers), sum(layer.codes for layer in self.layers)
+            lines.append(f"codes of {len(self.layers)} quantizers: {unequal} of {codes} differ, by float rounding")
         return "\n".join(lines)
 
 
@@ -92,7 +93,7 @@ def verify(
 
     Args:
         model: the fake-quantized model; its modes and parameters stay as they are.
-        onnx: what :func:`to_onnx` wrote of it, or an :class:`OnnxModel`.
+        onnx: what :func:`to_onnx` wrote of it, to be run as it is written; or an :class:`OnnxModel`, which may be optimized.
         plan: what :func:`build_engine` made of that, or an :class:`Engine`.
         batches: each a tensor, a tuple of positional inputs, or a mapping of keyword inputs; no labels.
         feed: from a batch to the inputs of the ONNX model by name; by default positional inputs in order, keyword inputs by name.
@@ -123,7 +124,7 @@ def verify(
 
 
 def _runtimes(onnx: str | Path | OnnxModel, plan: "str | Path | Engine | None") -> dict[str, Runtime]:
-    runtimes: dict[str, Runtime] = {"onnxruntime": onnx if isinstance(onnx, OnnxModel) else OnnxModel(onnx)}
+    runtimes: dict[str, Runtime] = {"onnxruntime": onnx if isinstance(onnx, OnnxModel) else OnnxModel(onnx, optimize=False)}
     if plan is not None:
         from lq.export.tensorrt.engine import Engine
 
@@ -137,7 +138,8 @@ def _runner(batch: Any, feed: Callable[[Any], Mapping[str, Tensor]] | None) -> C
         named = feed(batch)
         return lambda runtime: runtime.run(named)
     if isinstance(batch, Mapping):
-        return lambda runtime: runtime.run(batch)
+        named = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        return lambda runtime: runtime.run(named)
     return lambda runtime: runtime(*(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))
 
 
@@ -157,8 +159,9 @@ def _look(
         outputs = _outputs(model, batch)
     steps = [_step(watched, output) for output in outputs]
     # a graph that came as bytes is one whose codes are being looked at
-    path = getattr(graph, "path", None)
-    return steps, () if path is None else compare_codes(model, calls, path, run)
+    if not isinstance(graph, OnnxModel) or graph.path is None:
+        return steps, ()
+    return steps, compare_codes(model, calls, graph, run)
 
 
 # One step at the output

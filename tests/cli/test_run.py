@@ -315,6 +315,7 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
         ("quant.input.num_bits=16", "num_bits=16.*TensorRT takes at most 8"),
         ("quant.input.num_bits=16 export.target=null", "stem.0.input.*16 bits"),
         ("export.target=tvm", "target.*tvm"),
+        ("export.precision=bf16", "export.precision.*bf16.*fp16"),
         ("export.format=engine", "export.format.*engine"),
         ("callbacks.quantize=null", "callbacks.quantize"),
         ("quant.name=float", "quant.name"),

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ def fake(monkeypatch):
     """``tensorrt`` is the stand-in, and memory addresses lead to tensors."""
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(lq.export.tensorrt.engine, "_OwnStream", FakeStream)
     data_ptr = torch.Tensor.data_ptr
 
@@ -218,10 +219,10 @@ def test_wrong_inputs(tmp_path, fake):
 
 def test_plans_that_cannot_be_loaded(tmp_path, fake):
     with pytest.raises(FileNotFoundError, match="build it with `build_engine`"):
-        Engine(tmp_path / "missing.plan")
+        Engine(tmp_path / "missing.plan", device="cpu")
     (tmp_path / "other.plan").write_text("binary")
     with pytest.raises(ValueError, match=r"TensorRT 10.99 cannot load on this GPU: build it here. built by another version"):
-        Engine(tmp_path / "other.plan")
+        Engine(tmp_path / "other.plan", device="cpu")
 
 
 # Inspecting and timing
@@ -248,11 +249,11 @@ def test_engine_report_joins_kernels_with_the_graph(tmp_path, monkeypatch):
         kernel("0.input/QuantizeLinear", ["Float NCHW"], "Scale"),
         kernel(
             "0.weight/DequantizeLinear + 0/Conv + 1/Relu",
-            ["Int8 NC/32HW32", "Int8"],
+            ["Thirty-two wide channel vectorized row major Int8 format.", "Int8"],
             metadata="[ONNX Layer: 0/Conv]\x1e[ONNX Layer: 1/Relu]",
         ),
         kernel("fused", ["Half NCHW"], metadata="[ONNX Layer: 2.input/DequantizeLinear]\x1e[ONNX Layer: 2/Conv]"),
-        kernel("Reformatting CopyNode for Input Tensor 0 to 4/Gemm", ["Half"], "Reformat"),
+        kernel("Reformatting CopyNode for Input Tensor 0 to 2/Conv + 4/Gemm", ["Row major linear INT8 format"], "Reformat"),
     ]
     monkeypatch.setattr(lq.export.tensorrt.inspection, "Engine", Report)
     report = engine_report(Report(*found), path)
@@ -266,6 +267,21 @@ def test_engine_report_joins_kernels_with_the_graph(tmp_path, monkeypatch):
     assert report.reformats == (found[3]["Name"],)
     assert "3 layers, 1 not as expected; 1 reformats" in str(report)
     assert report.records()[0]["engine"] == "INT8"
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision"),
+    [
+        ({"Inputs": [{"Format/Datatype": "Row major linear INT8 format"}]}, "INT8"),
+        ({"Inputs": [{"Format": "Channel major", "DataType": "FP8"}]}, "FP8"),
+        ({"Inputs": [{"Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}]}, "float"),
+        ({"Inputs": [{"Format/Datatype": "Half"}], "Weights": {"Type": "Int4", "Count": 64}}, "INT4"),
+        ({"Inputs": [{"Format/Datatype": "Half"}], "Weights": {"Type": "Half"}}, "float"),
+        ({}, "float"),
+    ],
+)
+def test_types_as_the_inspector_words_them(layer, precision):
+    assert lq.export.tensorrt.inspection._precision([{"Name": "conv", **layer}]) == precision
 
 
 def test_layers_of_an_engine_without_details(tmp_path, fake):

@@ -160,7 +160,7 @@ def test_codes_of_every_activation(exported):
     # one batch of 32
     assert [(layer.name, layer.codes, layer.unequal) for layer in result.layers] == [("0.input", 192, 0), ("4.input", 512, 0)]
     assert result.first_difference is None
-    assert "all codes of 2 quantizers agree" in str(result)
+    assert "codes of 2 quantizers: 0 of 704 differ" in str(result)
     assert str(result).startswith("onnxruntime: 100.00 % of 69 predictions agree")
 
 
@@ -177,6 +177,22 @@ def test_first_layer_that_differs(exported):
     assert (first.name, first.codes, first.unequal) == ("4.input", 512, int((difference > 0).sum()))
     assert first.largest == pytest.approx(3, abs=1e-3)
     assert f"first other codes: 4.input, {first.unequal} of 512, by 3 steps at most" in str(result)
+
+
+def test_nan_is_no_agreement(exported):
+    model, path, batches = exported
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken[4].bias[0] = math.nan
+    output = verify(broken, path, batches=batches).onnxruntime.outputs[0]
+    assert output.max_abs == output.mean_abs == math.inf
+
+
+def test_a_graph_in_integers_can_be_verified_too(exported):
+    model, path, batches = exported
+    result = verify(model, OnnxModel(path), batches=batches)
+    assert result.onnxruntime.agreement == 1
+    assert all(layer.largest < 1.5 for layer in result.layers)
 
 
 class Shared(nn.Module):

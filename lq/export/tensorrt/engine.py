@@ -74,19 +74,21 @@ class Engine:
 
     def __init__(self, plan: str | Path, device: str | torch.device = "cuda") -> None:
         trt = require_tensorrt()
-        self.path, self.device = Path(plan), torch.device(device)
+        self.path, self.device = Path(plan), _numbered(torch.device(device))
         if not self.path.is_file():
             raise FileNotFoundError(f"`plan` is {str(plan)!r}, but there is no such file: build it with `build_engine`.")
         self._log = make_log(trt)
         # lives as long as the engine
         self._runtime = trt.Runtime(self._log)
-        self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
+        with torch.cuda.device(self.device):
+            self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             raise ValueError(
                 f"`plan` is {str(plan)!r}, which TensorRT {trt.__version__} cannot load on this GPU: build it here. "
                 + self._log.told()
             )
-        self._context = self._engine.create_execution_context()
+        with torch.cuda.device(self.device):
+            self._context = self._engine.create_execution_context()
         self._stream, self._lock, self._trt = _OwnStream(self.device), threading.Lock(), trt
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
@@ -177,6 +179,11 @@ class Engine:
         output = torch.empty(shape, dtype=self._dtypes[name], device=self.device)
         self._context.set_tensor_address(name, output.data_ptr())
         return output
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """``cuda`` as the GPU that it is: tensors say ``cuda:0``."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def _dtype(trt: ModuleType, dtype: Any) -> torch.dtype:

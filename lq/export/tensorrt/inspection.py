@@ -8,8 +8,11 @@ from typing import Any
 from lq.export.placement import LayerPlacement, Precision, placement_report
 from lq.export.tensorrt.engine import Engine
 
-# How the inspector's formats begin, as in "Int8 NC/32HW32" or "E4M3 NCHW"; all else is float.
+# Types of data as the inspector words them, "Thirty-two wide channel vectorized row major Int8 format." among them; all else is
+# float.
 TYPES: dict[str, Precision] = {"int8": "INT8", "fp8": "FP8", "e4m3": "FP8", "int4": "INT4"}
+# Fields that name the type of a tensor, in the order of preference: TensorRT 11 has split the second one.
+FIELDS = ("DataType", "Format/Datatype", "Format", "Type")
 
 
 @dataclass(frozen=True)
@@ -84,21 +87,28 @@ def engine_report(plan: str | Path | Engine, onnx: str | Path) -> EngineReport:
     parts = [_parts(kernel) for kernel in kernels]
     layers = []
     for placement in placement_report(onnx).layers:
-        mine = [kernel for kernel, names in zip(kernels, parts, strict=True) if placement.name in names]
+        # a conversion is named after what it is for
+        mine = [k for k, names in zip(kernels, parts, strict=True) if placement.name in names and not _converts(k)]
         layers.append(EngineLayer(placement, _precision(mine), tuple(str(kernel["Name"]) for kernel in mine)))
-    reformats = tuple(str(k["Name"]) for k in kernels if str(k.get("LayerType", "")).lower() == "reformat")
+    reformats = tuple(str(kernel["Name"]) for kernel in kernels if _converts(kernel))
     return EngineReport(tuple(layers), reformats)
+
+
+def _converts(kernel: dict[str, Any]) -> bool:
+    return str(kernel.get("LayerType", "")).lower() == "reformat"
 
 
 def _parts(kernel: dict[str, Any]) -> set[str]:
     """Names of the graph's nodes in one of the engine's layers."""
     from_metadata = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(kernel.get("Metadata", "")))
-    return {*from_metadata, *str(kernel["Name"]).split(" + ")}
+    return {*from_metadata, *re.split(r" \+ | \|\| ", str(kernel["Name"]))}
 
 
 def _precision(kernels: list[dict[str, Any]]) -> Precision | None:
-    """The lowest type that kernels take; a conversion beside them takes floats."""
+    """The lowest type that kernels take, as data or as a weight of their own."""
     if not kernels:
         return None
-    formats = [str(tensor.get("Format/Datatype", "")).lower() for kernel in kernels for tensor in kernel.get("Inputs", [])]
-    return next((TYPES[name] for name in TYPES if any(f.startswith(name) for f in formats)), "float")
+    tensors = [tensor for kernel in kernels for tensor in (*kernel.get("Inputs", []), kernel.get("Weights")) if tensor]
+    types = [str(next((tensor[field] for field in FIELDS if field in tensor), "")) for tensor in tensors]
+    found = {word for name in types for word in re.findall(r"[a-z]+[0-9][a-z0-9]*", name.lower())}
+    return next((precision for name, precision in TYPES.items() if name in found), "float")
