@@ -9,22 +9,23 @@ from torch import Tensor, nn
 from lq.functional.fake_quant import quantize
 from lq.functional.grid import FLOAT_FORMATS, scale_from_amax
 from lq.graph import Flow, trace
-from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, QuantMixin, TensorQuantizer
+from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, TensorQuantizer
 
 # Layers whose weight has its output channels first. Transposed convolutions have them second, where a factor per output does
 # not commute with a scale per axis 0: their BatchNorm stays.
+FLOAT_OUTPUTS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 OUTPUTS_FIRST = (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batchnorm_(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[str]:
-    """Fold each BatchNorm that alone consumes a layer with a quantized weight into that layer, in place.
+    """Fold each BatchNorm that alone consumes a convolution or linear layer into that layer, in place.
 
     With :math:`f = \\gamma / \\sqrt{\\sigma^2 + \\epsilon}` the layer's weight becomes :math:`f Q(W)`, its bias
     :math:`f (b - \\mu) + \\beta` and the weight's amax :math:`|f|\\,amax`, per output channel also where it was per tensor: the
-    integer codes are those of before, negated where :math:`f < 0`. (Jacob et al., 2018, arXiv:1712.05877, section 3.2, fold
-    before they quantize; here the scales are trained already.) Where codes could not stay, -128 with a negative f, the BatchNorm
-    does.
+    integer codes of a quantized weight are those of before, negated where :math:`f < 0`. (Jacob et al., 2018, arXiv:1712.05877,
+    section 3.2, fold before they quantize; here the scales are trained already.) Where codes could not stay, -128 with a negative
+    f, the BatchNorm does.
 
     Args:
         model: in evaluation mode; a copy, since it changes.
@@ -49,12 +50,21 @@ def fold_batchnorm_(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mappin
 
 def _takes_factor(module: nn.Module) -> bool:
     # a weight that is computed (a parametrization, weight_norm) would be computed again
-    if not isinstance(module, OUTPUTS_FIRST) or module._parameters.get("weight") is None:
+    if not isinstance(module, FLOAT_OUTPUTS_FIRST) or module._parameters.get("weight") is None:
         return False
-    quantizer, amax = module.weight_quantizer, module.weight_quantizer.amax
-    if not quantizer.active or amax is None:
+    quantizer = _quantizer_of(module)
+    if quantizer is None:
+        return True
+    amax = quantizer.amax
+    if amax is None:
         return False
     return amax.numel() == 1 or (amax.dim() == module.weight.dim() and amax.shape[0] == amax.numel())
+
+
+def _quantizer_of(layer: nn.Module) -> TensorQuantizer | None:
+    """The quantizer of a layer's weight; ``None`` for one in float."""
+    quantizer = getattr(layer, "weight_quantizer", None)
+    return quantizer if isinstance(quantizer, TensorQuantizer) and quantizer.active else None
 
 
 def _has_fixed_statistics(norm: nn.Module) -> bool:
@@ -70,25 +80,33 @@ def _on_channels(flow: Flow, layer: nn.Module) -> bool:
 @torch.no_grad()
 def _fold_(layer: nn.Module, norm: Any) -> bool:
     """Fold, and say whether the codes could stay."""
-    assert isinstance(layer, QuantMixin)
-    weight, quantizer, old_amax = layer.weight, layer.weight_quantizer, layer.weight_quantizer.amax
+    weight, quantizer = layer.weight, _quantizer_of(layer)
     assert isinstance(weight, Tensor)
-    assert old_amax is not None
     factor, shift = _affine(norm)
     column = factor.reshape(-1, *[1] * (weight.dim() - 1))
-    quantized = quantizer(weight)
+    bias = layer.bias
+    new_bias = shift if not isinstance(bias, Tensor) else bias * factor + shift
+    if quantizer is None:
+        _set_(layer, weight * column, new_bias)
+        return True
+    old_amax, quantized = quantizer.amax, quantizer(weight)
+    assert old_amax is not None
     # a channel that gamma silences keeps its amax: all of its codes are 0, whatever the scale
     amax = (old_amax * torch.where(column == 0, 1.0, column.abs())).float()
     new_weight = (quantized * column).float()
     if not _same_codes(quantizer, quantized, new_weight, amax, column.sign().float()):
         return False
-    bias = getattr(layer, "bias", None)
-    new_bias = shift if bias is None else bias * factor + shift
-    layer.weight = nn.Parameter(new_weight, requires_grad=False)
-    layer.bias = nn.Parameter(new_bias.float(), requires_grad=False)
+    _set_(layer, new_weight, new_bias)
     # the factor that came before quantization is in the codes now
     quantizer._amax, quantizer._pre_quant_scale = amax, None
     return True
+
+
+def _set_(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    assert isinstance(layer.weight, Tensor)
+    dtype = layer.weight.dtype
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:

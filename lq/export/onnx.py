@@ -85,7 +85,9 @@ def to_onnx(
     for name, value, known in (("target", target, TARGETS), ("precision", precision, PRECISIONS)):
         if value not in known:
             raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(known)}.")
-    path, dtype = Path(path), PRECISIONS[precision]
+    if opset is not None and type(opset) is not int:
+        raise TypeError(f"`opset` is {opset!r}: it must be an integer.")
+    path, dtype, asked = Path(path), PRECISIONS[precision], opset
     check_exportable(model, dtype)
     opset = checked_opset(model, dtype, opset)
     args, keywords = _in_precision(dtype, on_device_of(model, (as_args(args), dict(kwargs or {}))))
@@ -97,6 +99,10 @@ def to_onnx(
         dynamic_shapes = batch_shapes(model, args, keywords)
     with staged(path) as file:
         program = _export(model, args, keywords, dynamic_shapes, opset, dtype)
+        # torch writes a later one where a model has operators that cannot be brought down to an earlier one
+        written = program.model.opset_imports.get("")
+        if asked is not None and written != asked:
+            raise ValueError(f"`opset` is {asked}, but this model can be written in {written} only: leave `opset` out.")
         lower_fake_quant_(program.model, target)
         _save(program.model, file)
     return path
