@@ -73,7 +73,7 @@ class QuantizationAwareTraining(Callback):
             monitor or QuantMonitor(),
         ]
         if export is not None:
-            self.parts.append(OnnxExport(export))
+            self.parts.append(OnnxExport(export, target=self.quantize.target or "tensorrt"))
 
     @property
     def stages(self) -> dict[str, dict[str, float]]:
