@@ -4,7 +4,7 @@ Forward hooks see the calls of leaf modules, a ``TorchFunctionMode`` sees every 
 is followed by its identity, and an operation in place makes a new value of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,7 @@ LOOKS = frozenset(
             "names",
         ),
         *("size", "dim", "numel", "nelement", "stride", "__len__", "is_contiguous", "is_floating_point", "get_device"),
+        *("_version", "is_inference"),
     }
 )
 
@@ -79,6 +80,7 @@ class Flow:
         shape: of each value.
         returned: values that the model returned.
         parameters: parameters that functions took, outside of leaf modules, by the values they are.
+        buffers: buffers that functions took, as long as nothing was written into them.
         entered: modules that are no leaves, once for each of their runs.
     """
 
@@ -86,6 +88,7 @@ class Flow:
     shape: dict[int, torch.Size] = field(default_factory=dict)
     returned: set[int] = field(default_factory=set)
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    buffers: set[int] = field(default_factory=set)
     entered: list[nn.Module] = field(default_factory=list)
 
     def calls_of(self, module: nn.Module) -> list[Call]:
@@ -110,22 +113,26 @@ class Flow:
 class _Tracer(TorchFunctionMode):
     """Fills a :class:`Flow` while it is active."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, buffers: Iterable[Tensor]) -> None:
         super().__init__()
         self.flow = flow
+        # the number of each tensor, and the version that has it
         self.values = WeakIdKeyDictionary()
         self.inside = 0
         self.owners: list[nn.Module] = []
+        # nothing was written into them as long as they have this version
+        self.buffers = {id(buffer): _version(buffer) for buffer in buffers}
 
     def value(self, tensor: Tensor) -> int:
-        if tensor not in self.values:
-            self.values[tensor] = self._new(tensor)
-        return int(self.values[tensor])
+        # a version changes also where a view of the tensor is written into
+        if tensor not in self.values or self.values[tensor][1] != _version(tensor):
+            self._renew(tensor)
+        return int(self.values[tensor][0])
 
-    def _new(self, tensor: Tensor) -> int:
+    def _renew(self, tensor: Tensor) -> None:
         number = len(self.flow.shape)
         self.flow.shape[number] = tensor.shape
-        return number
+        self.values[tensor] = number, _version(tensor)
 
     def record(
         self, target: nn.Module | str, taken: tuple[int, ...], output: Any, function: Any = None, arguments: Any = None
@@ -133,7 +140,7 @@ class _Tracer(TorchFunctionMode):
         outputs = tensors_in(output)
         for tensor in outputs:
             # also for a tensor that was changed in place: from here on it is another value
-            self.values[tensor] = self._new(tensor)
+            self._renew(tensor)
         owner = self.owners[-1] if self.owners else None
         self.flow.calls.append(Call(target, taken, tuple(self.value(t) for t in outputs), function, arguments, owner))
 
@@ -144,11 +151,12 @@ class _Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         self.flow.parameters.update({self.value(t): t for t in tensors if isinstance(t, nn.Parameter)})
+        self.flow.buffers.update(self.value(t) for t in tensors if self.buffers.get(id(t)) == _version(t))
         taken = tuple(self.value(t) for t in tensors)
         arguments = tree_map(lambda leaf: Value(self.value(leaf)) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         output = func(*args, **kwargs)
         if taken:
-            self.record(name, taken, output, func, arguments)
+            self.record(name, taken, args[0] if name == "__setitem__" else output, func, arguments)
         return output
 
     def cond(self, pred: Any, true_fn: Any, false_fn: Any, operands: Any = ()) -> Any:
@@ -201,6 +209,10 @@ class _Tracer(TorchFunctionMode):
         ]
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def function_name(func: Any) -> str:
     """Name of what a ``TorchFunctionMode`` was called for."""
     name: str = getattr(func, "__name__", str(func))
@@ -233,7 +245,7 @@ def tracing(model: nn.Module) -> Iterator[Flow]:
     ['Linear', 'ReLU', 'add']
     """
     flow = Flow()
-    tracer = _Tracer(flow)
+    tracer = _Tracer(flow, model.buffers())
     handles: list[RemovableHandle] = []
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:

@@ -13,28 +13,39 @@ from lq.nn.convert import to_quantized_
 from lq.nn.fast_paths import leave_fast_paths_
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
-from lq.surgery import has_quantized_layers, quantize_
+from lq.placed import Placement
+from lq.surgery import has_quantized_layers, quantize_, quantize_as_
 
 M = TypeVar("M", bound=nn.Module)
 
 # Where a checkpoint has the rules that its quantizers were placed by.
 RULES = "lq_rules"
-# ... and for which target.
-TARGET = "lq_target"
+# ... and where for its target: a lq.placed.Placement as a dictionary.
+PLACEMENT = "lq_placement"
 
 
-def load_quantized(model: M | type[M], path: str | Path, rules: Rules | None = None, **kwargs: Any) -> M:
+def load_quantized(
+    model: M | type[M],
+    path: str | Path,
+    rules: Rules | None = None,
+    *,
+    target: str | None = None,
+    args: Any = (),
+    **kwargs: Any,
+) -> M:
     """The model that a fit with :class:`lq.callbacks.Quantize` left in a checkpoint, in evaluation mode, on the CPU.
 
     Args:
-        model: a module, or its class: a ``LightningModule`` is built with the hyperparameters in the checkpoint. Of a fit with
-            a ``target`` it needs an ``example_input_array``, or to be quantized already.
+        model: a module, or its class: a ``LightningModule`` is built with the hyperparameters in the checkpoint.
         path: a Lightning checkpoint, or a state dict.
         rules: what the quantizers were placed by; the checkpoints of ``Quantize`` have it.
+        target: what they were placed for, as for :func:`lq.quantize_`, where the checkpoint does not have it.
+        args: positional inputs of one forward, with a target; by default the model's ``example_input_array``.
         kwargs: for the class.
 
     Raises:
         ValueError: the file cannot be read, is of a float model, has no rules, or does not fit the model.
+        TypeError: ``kwargs`` for a model that exists already.
 
     >>> import tempfile, torch, lq
     >>> fitted = lq.quantize_(nn.Sequential(nn.Linear(4, 2)), "int8")
@@ -55,7 +66,13 @@ def load_quantized(model: M | type[M], path: str | Path, rules: Rules | None = N
         raise ValueError(f"`path` {path} does not say which rules its quantizers were placed by: give `rules`.")
     module = _built(model, path, kwargs)
     if not has_quantized_layers(module):
-        quantize_(module, rules, target=checkpoint.get(TARGET))
+        placement = checkpoint.get(PLACEMENT)
+        if target is None and placement is None and any(".residual_quantizer." in key for key in state):
+            raise ValueError(f"`path` {path} has quantized shortcuts, and does not say for which target: give `target`.")
+        if target is None and placement is not None:
+            quantize_as_(module, rules, Placement(**placement))
+        else:
+            quantize_(module, rules, target=target, args=args)
     _place_factors_(module, state)
     try:
         module.load_state_dict(state)
@@ -69,6 +86,8 @@ def load_quantized(model: M | type[M], path: str | Path, rules: Rules | None = N
 
 def _built(model: M | type[M], path: str | Path, kwargs: dict[str, Any]) -> M:
     if not isinstance(model, type):
+        if kwargs:
+            raise TypeError(f"`model` exists already, and {', '.join(map(repr, kwargs))} would be for its class.")
         return model
     if issubclass(model, LightningModule):
         # quantizers are not placed yet, so their keys are left

@@ -9,7 +9,6 @@ QLinearConv gives codes): both operands of the add are quantized, and it is a QL
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -22,28 +21,13 @@ from lq.nn.products import add_products_
 from lq.nn.quant_module import QuantInputMixin
 from lq.nn.residual import quantize_shortcut_
 from lq.products import find_products
-from lq.sharing import Site, separate_as_saved, share_quantizers_
+from lq.sharing import Site, find_shared, share_
 from lq.shortcuts import find_shortcuts
 
 TARGETS = ("tensorrt", "onnxruntime")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What was placed.
-
-    Attributes:
-        shortcuts: layers whose residual add has a quantized shortcut now.
-        shared: short names of the quantizers that became one, by groups.
-        left: residual adds that stay in float: why, by the name of the block.
-    """
-
-    shortcuts: list[str]
-    shared: list[list[str]]
-    left: dict[str, str]
-
-
-def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Placement:
+def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
     """Quantize the shortcuts of residual adds, and share the quantizers of what takes one tensor, in place.
 
     Args:
@@ -51,9 +35,11 @@ def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
         model: with quantized layers that are not calibrated yet.
         args: positional inputs of one forward.
         kwargs: keyword inputs of it.
+
+    Returns:
+        Residual adds that stay in float: why, by the name of the block.
     """
     flow = trace(model, args, dict(kwargs))
-    names = {module: name for name, module in model.named_modules()}
     shortcuts, left = find_shortcuts(flow, model)
     sites = list(_sites(flow))
     for shortcut in shortcuts:
@@ -61,14 +47,8 @@ def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
         both = target == "onnxruntime"
         quantize_shortcut_(shortcut.block, shortcut.layer, shortcut.operand, desc, both=both)
         sites += [(value, shortcut.layer, "residual") for value in shortcut.values]
-    shared = share_quantizers_(flow, sites)
-    if shared:
-        model.register_load_state_dict_pre_hook(separate_as_saved)  # type: ignore[no-untyped-call]
-    return Placement(
-        [names[shortcut.layer] for shortcut in shortcuts],
-        [[f"{names[module]}.{role}".strip(".") for module, role in group] for group in shared],
-        left,
-    )
+    share_(model, find_shared(flow, sites))
+    return left
 
 
 def place_products_(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], classes: set[str]) -> dict[str, str]:
@@ -87,7 +67,7 @@ def place_products_(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     for block, functions in found.items():
         add_products_(block, functions)
     names = {module: name for name, module in model.named_modules()}
-    return {names[block]: "its runs differ in their matrix products" for block in left}
+    return {names[block]: reason for block, reason in left.items()}
 
 
 def _sites(flow: Flow) -> list[Site]:
@@ -99,6 +79,20 @@ def _sites(flow: Flow) -> list[Site]:
         elif isinstance(call.target, QuantInputMixin) and len(call.inputs) == 1:
             sites.append((call.inputs[0], call.target, "input"))
     return sites
+
+
+def check_target(target: str | None, rules: list[QuantRule]) -> None:
+    """Raise ``ValueError`` for a target that does not exist, or rules that it has no kernels or no place for.
+
+    >>> check_target("trt", [])
+    Traceback (most recent call last):
+      ...
+    ValueError: `target` is 'trt': choose 'tensorrt' or 'onnxruntime', or None.
+    """
+    if target not in (None, *TARGETS):
+        raise ValueError(f"`target` is {target!r}: choose {' or '.join(map(repr, TARGETS))}, or None.")
+    if target == "tensorrt":
+        check_for_tensorrt(rules)
 
 
 def check_for_tensorrt(rules: list[QuantRule]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ COMMUTING_FUNCTIONS = frozenset(
 Site = tuple[int, QuantModule, str]
 
 
-def share_quantizers_(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, str]]]:
-    """Give modules one quantizer for each tensor that they take under one descriptor, in place.
+def find_shared(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, str]]]:
+    """Quantizers that take one tensor under one descriptor.
 
     A tensor is followed through reshapes and max pooling, and through concatenations, whose operands then share an amax. Only
-    quantizers without an amax, or with the same one, are shared; the first one stays.
+    quantizers without an amax, or with the same one, are shared.
 
     Returns:
         The groups of two and more, each as modules and roles.
@@ -53,11 +54,16 @@ def share_quantizers_(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantMod
         if not quantizer._disabled and quantizer.pre_quant_scale is None:
             amax = None if quantizer.amax is None else tuple(quantizer.amax.flatten().tolist())
             groups[tensors.root(value), quantizer.quant_desc, amax][module, role] = None
-    shared = [list(group) for group in groups.values() if len(group) > 1]
-    for (first, first_role), *others in shared:
+    return [list(group) for group in groups.values() if len(group) > 1]
+
+
+def share_(model: nn.Module, groups: Sequence[Sequence[tuple[QuantModule, str]]]) -> None:
+    """Have the first quantizer of each group stand for all of it, in place."""
+    for (first, first_role), *others in groups:
         for module, role in others:
             setattr(module, f"{role}_quantizer", first.quantizers()[first_role])
-    return shared
+    if groups:
+        model.register_load_state_dict_pre_hook(separate_as_saved)  # type: ignore[no-untyped-call]
 
 
 def separate_as_saved(model: nn.Module, state: dict[str, Tensor], prefix: str, *ignored: Any) -> None:
@@ -74,6 +80,14 @@ def separate_as_saved(model: nn.Module, state: dict[str, Tensor], prefix: str, *
             if not _same(_values(state, f"{prefix}{first}."), _values(state, f"{prefix}{path}.")):
                 owner, _, name = path.rpartition(".")
                 setattr(model.get_submodule(owner), name, copy.deepcopy(quantizer))
+
+
+def leave_sharing_(model: nn.Module) -> None:
+    """Take the hook out again, in place."""
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is separate_as_saved]:
+            del hooks[key]
 
 
 def _values(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

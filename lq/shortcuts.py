@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
+import torch
 from torch import nn
 
 from lq.graph import Call, Flow, Value
-from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d
+from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from lq.nn.quant_module import QuantModule
 from lq.nn.residual import ADDITIONS
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 CONVOLUTIONS = (QuantConv1d, QuantConv2d, QuantConv3d)
+TRANSPOSED = (QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d)
 # What TensorRT folds into the convolution before it, or drops.
 FOLDED = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Identity),
@@ -44,27 +46,28 @@ def find_shortcuts(flow: Flow, model: nn.Module) -> tuple[list[Shortcut], dict[s
     Of two convolutions the one that more quantized layers lie before is the main one; the other is on the shortcut.
 
     Returns:
-        The adds, and those to be left in float: why, by the name of the block.
+        The adds, and those behind a convolution that are to be left in float: why, by the name of the block.
     """
     names = {module: name for name, module in model.named_modules()}
     depth = _depths(flow)
     found: dict[QuantModule, list[tuple[nn.Module, int, int]]] = {}
     left: dict[str, str] = {}
     for index, call in enumerate(flow.calls):
-        if call.owner is None or not _adds_two(flow, call) or _has_own_quantizers(call.owner):
+        if call.owner is None or not _adds_data(flow, call) or _has_own_quantizers(call.owner):
             continue
-        behind = {place: at for place, value in enumerate(call.inputs) if (at := _convolution_behind(flow, value)) is not None}
-        if not behind:
+        ways = {place: way for place, value in enumerate(call.inputs) if (way := _way_from_convolution(flow, value))}
+        if not ways:
             continue
-        main = max(behind, key=lambda place: (depth[call.inputs[place]], -place))
-        at = behind[main]
-        layer = flow.calls[at].target
+        # a convolution that the add can be computed with, before one that it cannot
+        main = max(ways, key=lambda place: (ways[place].between is None, depth[call.inputs[place]], -place))
+        way = ways[main]
+        if reason := _why_not(flow, index, way, names):
+            left[names[call.owner]] = reason
+            continue
+        layer = flow.calls[way.start].target
         assert isinstance(layer, QuantModule)
-        if any(_adds_tensors(other) for other in flow.calls[at + 1 : index]):
-            left[names[call.owner]] = f"another add runs between `{names[layer]}` and this one"
-        else:
-            block = _common(model, names[layer], names[call.owner])
-            found.setdefault(layer, []).append((block, 1 - main, call.inputs[1 - main]))
+        block = _common(model, names[layer], names[call.owner])
+        found.setdefault(layer, []).append((block, 1 - main, call.inputs[1 - main]))
     return list(_agreeing(flow, found, names, left)), left
 
 
@@ -80,18 +83,36 @@ def _agreeing(
             left[names[block]] = f"`{names[layer]}` runs several times, and not always before the same add"
 
 
-def _adds_tensors(call: Call) -> bool:
-    """Whether a call is what hooks take for an add of two tensors: it has them as its first two positional arguments."""
+def _adds_data(flow: Flow, call: Call) -> bool:
+    """Whether a call adds two tensors that are both data."""
+    return call.target in ADDITIONS and len(set(call.inputs)) == 2 and not flow.parameters.keys() & {*call.inputs}
+
+
+def _adds_of_shape(flow: Flow, call: Call, shape: torch.Size) -> bool:
+    """Whether a call is what hooks take for the add behind a layer with an output of this shape."""
     positional = call.arguments[0][:2] if call.arguments is not None else ()
-    return call.target in ADDITIONS and len(positional) == 2 and all(isinstance(x, Value) for x in positional)
+    return (
+        call.target in ADDITIONS
+        and len(positional) == 2
+        and all(isinstance(x, Value) and flow.shape[x.number] == shape for x in positional)
+    )
 
 
-def _adds_two(flow: Flow, call: Call) -> bool:
-    """Whether a call adds two tensors of one shape that are both data."""
-    if not _adds_tensors(call) or len(call.inputs) != 2 or call.inputs[0] == call.inputs[1]:
-        return False
-    first, second = call.inputs
-    return flow.shape[first] == flow.shape[second] and not flow.parameters.keys() & {first, second}
+def _why_not(flow: Flow, index: int, way: "_Way", names: dict[nn.Module, str]) -> str | None:
+    """Why an add, by its place among the calls, is not computed together with the convolution before it."""
+    convolution = flow.calls[way.start]
+    assert isinstance(convolution.target, nn.Module)
+    name, shape = names[convolution.target], flow.shape[convolution.outputs[0]]
+    if way.between is not None:
+        target = way.between.target
+        return f"{target if isinstance(target, str) else type(target).__name__} stands between `{name}` and the add"
+    if not isinstance(convolution.target, CONVOLUTIONS):
+        return f"`{name}` is a transposed convolution, which is computed without the add"
+    if not _adds_of_shape(flow, flow.calls[index], shape):
+        return f"what is added to `{name}` has another shape, or is given by keyword"
+    if any(_adds_of_shape(flow, other, shape) for other in flow.calls[way.start + 1 : index]):
+        return f"another add runs between `{name}` and this one"
+    return None
 
 
 def _has_own_quantizers(owner: nn.Module) -> bool:
@@ -99,16 +120,33 @@ def _has_own_quantizers(owner: nn.Module) -> bool:
     return not isinstance(owner, QuantModule) and any(isinstance(child, TensorQuantizer) for child in owner.children())
 
 
-def _convolution_behind(flow: Flow, value: int) -> int | None:
-    """Place in ``flow.calls`` of the quantized convolution whose output a value is, but for what is folded into it."""
+@dataclass(frozen=True)
+class _Way:
+    """How the output of a quantized convolution comes to an add, and to it alone.
+
+    Attributes:
+        start: place of the convolution among the calls.
+        between: the last call on the way that is not folded into a convolution.
+    """
+
+    start: int
+    between: Call | None
+
+
+def _way_from_convolution(flow: Flow, value: int) -> _Way | None:
+    """The way of a value from a quantized convolution, through calls that take nothing else but parameters."""
     made = {output: i for i, call in enumerate(flow.calls) for output in call.outputs}
+    between = None
     while value in made and value not in flow.returned and len(flow.consumers(value)) == 1:
         call = flow.calls[made[value]]
-        if isinstance(call.target, CONVOLUTIONS):
-            return made[value] if all(not q._disabled for q in call.target.quantizers().values()) else None
-        if not (isinstance(call.target, FOLDED) or call.target in FOLDED_FUNCTIONS):
+        if isinstance(call.target, (*CONVOLUTIONS, *TRANSPOSED)):
+            return _Way(made[value], between) if all(not q._disabled for q in call.target.quantizers().values()) else None
+        data = [v for v in call.inputs if v not in flow.parameters]
+        if isinstance(call.target, QuantModule) or len(data) != 1:
             return None
-        value = call.inputs[0]
+        if between is None and not (isinstance(call.target, FOLDED) or call.target in FOLDED_FUNCTIONS):
+            between = call
+        value = data[0]
     return None
 
 

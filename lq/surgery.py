@@ -21,8 +21,10 @@ from lq.nn.products import remove_products_
 from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantModule
 from lq.nn.residual import leave_shortcuts_
 from lq.nn.tensor_quantizer import TensorQuantizer
-from lq.placement import TARGETS, check_for_tensorrt, place_, place_products_
-from lq.products import named_products
+from lq.placed import Placement
+from lq.placement import check_target, place_, place_products_
+from lq.products import is_for_products, named_products
+from lq.sharing import leave_sharing_
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,71 +104,88 @@ def quantize_(
     >>> list(quantizers)
     ['0.input', '0.weight', '2.input', '2.weight']
     """
-    if has_quantized_layers(model):
-        raise ValueError("The model has quantized layers already: call `lq.dequantize_` before placing others.")
-    register_known(model)
     resolved = resolve_rules(rules)
+    check_target(target, resolved)
+    _check_quantizable(model)
     if target is None:
         _quantize(model, resolved)
-    else:
-        _quantize_for(target, model, resolved, args, kwargs)
+        return model
+    example = example_inputs(model, args, kwargs, f"`target={target!r}` has the model run once")
+    left = place_products_(model, *example, named_products(resolved))
+    with _undone_on_error(model):
+        _quantize(model, resolved, products=True)
+        left |= place_(target, model, *example)
+    if left:
+        reasons = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in left.items())
+        warnings.warn(f"Left in float for {target} ({reasons}). By hand: lq.nn.QuantAdd, lq.nn.QuantMatmul.", stacklevel=2)
     return model
 
 
-def _quantize(model: nn.Module, rules: list[QuantRule]) -> None:
-    targets = {name: m for name, m in model.named_modules() if is_quantizable(m)}
-    if not targets:
+def quantize_as_(model: M, rules: Rules, placement: Placement) -> M:
+    """:func:`quantize_` for a target, as another model was: without example inputs."""
+    _check_quantizable(model)
+    placement.place_products_(model)
+    with _undone_on_error(model):
+        _quantize(model, resolve_rules(rules), products=True)
+        placement.place_(model)
+    return model
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        dequantize_(model)
+        raise
+
+
+def _check_quantizable(model: nn.Module) -> None:
+    if has_quantized_layers(model):
+        raise ValueError("The model has quantized layers already: call `lq.dequantize_` before placing others.")
+    register_known(model)
+    if not any(is_quantizable(m) for m in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no quantizable layer: known are "
             f"{', '.join(c.__name__ for c in QUANT_MODULES)}; others need `lq.nn.register`. A model that is built in "
             "`setup` must exist before: build it in `__init__` or `configure_model`."
         )
-    chosen = _choose(rules, targets)
+
+
+def _quantize(model: nn.Module, rules: list[QuantRule], products: bool = False) -> None:
+    layers = {name: m for name, m in model.named_modules() if is_quantizable(m)}
+    chosen = _choose(rules, layers, products)
     if all(rule.input is None and rule.weight is None for rule in chosen.values()):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     for name, rule in chosen.items():
-        _check_blocks(name, targets[name], rule)
+        _check_blocks(name, layers[name], rule)
     for name, rule in chosen.items():
         if rule.input is not None or rule.weight is not None:
-            for quantizer in to_quantized_(targets[name], rule.input, rule.weight).quantizers().values():
+            for quantizer in to_quantized_(layers[name], rule.input, rule.weight).quantizers().values():
                 quantizer.dynamic = False
     leave_fast_paths_(model)
 
 
-def _quantize_for(target: str, model: nn.Module, rules: list[QuantRule], args: Any, kwargs: Mapping[str, Any] | None) -> None:
-    if target not in TARGETS:
-        raise ValueError(f"`target` is {target!r}: choose {' or '.join(map(repr, TARGETS))}, or None.")
-    if target == "tensorrt":
-        check_for_tensorrt(rules)
-    example = example_inputs(model, args, kwargs, f"`target={target!r}` has the model run once")
-    left = place_products_(model, *example, named_products(rules))
-    try:
-        _quantize(model, rules)
-    except BaseException:
-        remove_products_(model)
-        raise
-    try:
-        left |= place_(target, model, *example).left
-    except BaseException:
-        dequantize_(model)
-        raise
-    if left:
-        reasons = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in left.items())
-        warnings.warn(f"Left in float for {target} ({reasons}): write a lq.nn.QuantAdd, or a QuantMatmul, there.", stacklevel=3)
-
-
-def _choose(rules: list[QuantRule], targets: dict[str, nn.Module]) -> dict[str, QuantRule]:
+def _choose(rules: list[QuantRule], layers: dict[str, nn.Module], products: bool) -> dict[str, QuantRule]:
     chosen: dict[str, QuantRule] = {}
     for rule in rules:
-        matches = [name for name, module in targets.items() if _matches(rule, name, float_class_of(module))]
-        if not matches:
-            close = difflib.get_close_matches(rule.pattern, targets, n=3, cutoff=0.0)
-            of_types = "" if rule.types is None else f" of types {', '.join(rule.types)}"
-            raise ValueError(
-                f"The rule's pattern {rule.pattern!r} matches no quantizable layer{of_types}: the closest are {close}."
-            )
+        matches = [name for name, module in layers.items() if _matches(rule, name, float_class_of(module))]
+        # of products all were looked for: the model has none
+        if not matches and not (products and is_for_products(rule)):
+            raise ValueError(_unmatched(rule, layers))
         chosen.update(dict.fromkeys(matches, rule))
     return chosen
+
+
+def _unmatched(rule: QuantRule, layers: dict[str, nn.Module]) -> str:
+    if is_for_products(rule):
+        known = "products that a `forward` computes by functions are found with a `target` only"
+    elif named := [float_class_of(module) for name, module in layers.items() if fnmatchcase(name, rule.pattern)]:
+        known = f"their classes are {', '.join(sorted({kind.__name__ for kind in named}))}"
+    else:
+        known = f"the closest are {difflib.get_close_matches(rule.pattern, layers, n=3, cutoff=0.0)}"
+    of_types = "" if rule.types is None else f" of types {', '.join(rule.types)}"
+    return f"The rule's pattern {rule.pattern!r} matches no quantizable layer{of_types}: {known}."
 
 
 def _check_blocks(name: str, module: nn.Module, rule: QuantRule) -> None:
@@ -190,6 +209,7 @@ def dequantize_(model: M) -> M:
         if type(module) in QUANT_MODULES.values():
             to_float_(module)
     leave_shortcuts_(model)
+    leave_sharing_(model)
     remove_products_(model)
     take_fast_paths_(model)
     return model

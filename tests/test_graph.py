@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,6 +35,54 @@ def test_an_operation_in_place_makes_another_value():
     assert relu.outputs != first.outputs
     assert flow.only_consumer(model.first) is model.relu
     assert flow.only_consumer(model.relu) is model.second
+
+
+class Writing(nn.Module):
+    """Writes into what a layer gives: by index, or through a view."""
+
+    def __init__(self, through_a_view: bool):
+        super().__init__()
+        self.first, self.second, self.through_a_view = nn.Linear(4, 4), nn.Linear(4, 4), through_a_view
+
+    def forward(self, x):
+        y = self.first(x)
+        if self.through_a_view:
+            y.view(-1).mul_(2)
+        else:
+            y[0] = 0
+        return self.second(y)
+
+
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_a_tensor_that_was_written_into_is_another_value(through_a_view):
+    model = Writing(through_a_view)
+    flow = trace(model, (torch.randn(2, 4),))
+    (first,), (second,) = flow.calls_of(model.first), flow.calls_of(model.second)
+    assert first.outputs != second.inputs
+    if not through_a_view:
+        (write,) = (call for call in flow.calls if call.target == "__setitem__")
+        assert (write.inputs[0], write.outputs) == (first.outputs[0], second.inputs)
+    # what shares no value shares no quantizer
+    quantize_(model, target="tensorrt", args=torch.randn(2, 4))
+    assert model.first.input_quantizer is not model.second.input_quantizer
+
+
+def test_buffers_are_known_until_something_is_written_into_them():
+    class Cache(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("constant", torch.ones(2))
+            self.register_buffer("cache", torch.ones(2))
+
+        def forward(self, x):
+            y = x * self.constant + self.cache
+            self.cache.copy_(y)
+            return y - self.cache
+
+    flow = trace(Cache(), (torch.ones(2),))
+    taken = {call.target: call.inputs[1] for call in flow.calls}
+    assert {taken["mul"], taken["add"]} <= flow.buffers
+    assert taken["sub"] not in flow.buffers
 
 
 def test_a_function_that_takes_the_output_too_is_a_consumer():

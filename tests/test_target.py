@@ -15,6 +15,7 @@ from lq.callbacks import Quantize
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, QuantDescriptor, QuantRule
 from lq.load import load_quantized
 from lq.nn import TensorQuantizer
+from lq.placed import Placement, placement_of
 from lq.surgery import is_quantized
 
 
@@ -163,12 +164,70 @@ class Between(nn.Module):
         return y + torch.add(x, x.roll(1, 0))
 
 
-@pytest.mark.parametrize(("block", "reason"), [(Twice, "`0.conv` runs several times"), (Between, "another add runs between")])
+class Behind(nn.Module):
+    """A residual add behind something that is computed by itself."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Scaled(Behind):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.layers(x)
+
+
+class Keyword(Behind):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.layers(x), other=x)
+
+
+class Broadcast(Behind):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + x.mean(dim=(2, 3), keepdim=True)
+
+
+def conv() -> nn.Module:
+    return nn.Conv2d(3, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Twice(), "`0.conv` runs several times"),
+        (Between(), "another add runs between"),
+        (Behind(conv(), nn.SiLU()), "SiLU stands between `0.layers.0` and the add"),
+        (Behind(conv(), nn.GroupNorm(1, 3)), "GroupNorm stands between"),
+        (Behind(nn.ConvTranspose2d(3, 3, 1)), "`0.layers.0` is a transposed convolution"),
+        (Scaled(conv()), "mul stands between|__rmul__ stands between"),
+        (Keyword(conv()), "what is added to `0.layers.*` has another shape, or is given by keyword"),
+        (Broadcast(conv()), "what is added to `0.layers.*` has another shape, or is given by keyword"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
 def test_what_cannot_be_placed_is_named_and_left(block, reason):
-    model = nn.Sequential(block()).eval()
+    model = nn.Sequential(block).eval()
     with pytest.warns(UserWarning, match=rf"float for tensorrt \(`0`: {reason}.*QuantAdd"):
         lq.quantize_(model, target="tensorrt", args=IMAGES)
-    assert names(model) == {"0.conv.input"}
+    assert not any("residual" in name for name in names(model))
+
+
+@pytest.mark.filterwarnings("error")
+def test_adds_that_no_convolution_feeds_are_nobodys_business():
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.conv = nn.Linear(6, 6), nn.Conv2d(3, 3, 1)
+            self.place = nn.Parameter(torch.ones(3, 6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.gelu(self.linear(self.conv(x) + self.place + 1))
+
+    lq.quantize_(Encoder().eval(), target="tensorrt", args=IMAGES)
 
 
 def test_a_block_that_runs_in_a_loop():
@@ -305,89 +364,6 @@ def test_values_that_differ_in_a_state_dict_are_not_made_one():
     assert torch.isfinite(other(x)).all()
 
 
-# Matrix products
-
-
-class Products(nn.Module):
-    """Attention by functions, a product with a weight, and a child that multiplies too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.inner = nn.Linear(8, 24), Attention()
-        self.mix = nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x: Tensor, again: bool = False) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        scores = q @ k.mT
-        x = torch.matmul(scores.softmax(-1), v) @ self.mix.T
-        return self.inner(x) if not again else self.inner(x @ x.mT @ x)
-
-
-def test_products_are_quantized_where_a_rule_names_them():
-    x = torch.randn(2, 5, 8)
-    model = Products().eval()
-    expected = model(x)
-    lq.quantize_(model, "int8_attention", target="tensorrt", args=x)
-    assert torch.equal(model(x), expected)
-    with lq.calibrating(model):
-        model(x)
-    attention = [f"inner.scaled_dot_product_attention.{role}" for role in ("q", "k", "v", "probs")]
-    assert names(model) == {
-        *("qkv.input", "matmul.input", "matmul.other", "matmul_1.input", "matmul_1.other"),
-        *("inner.q.input", "inner.out.input", *attention),
-    }
-    # by hand
-    q, k, v = model.qkv(x).chunk(3, -1)
-    first, second, inner = model.matmul, model.matmul_1, model.inner
-    scores = first.input_quantizer(q) @ first.other_quantizer(k.mT)
-    y = second.input_quantizer(scores.softmax(-1)) @ second.other_quantizer(v) @ model.mix.T
-    z = inner.scaled_dot_product_attention(inner.q(y), inner.k(y), inner.v(y))
-    assert torch.equal(model(x), inner.out(z) + y)
-    # each has seen its own operands
-    float_q, float_k, _ = lq.dequantize_(copy.deepcopy(model)).qkv(x).chunk(3, -1)
-    assert float(first.input_quantizer.amax) == pytest.approx(float(float_q.detach().abs().max()), rel=1e-6)
-    assert float(first.other_quantizer.amax) == pytest.approx(float(float_k.detach().abs().max()), rel=1e-6)
-
-
-def test_another_number_of_products_is_an_error():
-    x = torch.randn(2, 5, 8)
-    model = placed(Products().eval(), x, "int8_attention")
-    with pytest.raises(RuntimeError, match="Products had 3 matrix products when they were quantized, and 5 now"):
-        model(x, again=True)
-    assert torch.equal(model(x), model(x))
-
-
-def test_products_can_be_left_out_and_taken_out():
-    x = torch.randn(2, 5, 8)
-    model = Products().eval()
-    expected = model(x)
-    rules = [QuantRule("*", INT8_INPUT, INT8_WEIGHT), QuantRule("inner.*", INT8_INPUT, types="QuantScaledDotProductAttention")]
-    placed(model, x, rules)
-    assert "matmul.input" not in names(model)
-    assert "inner.scaled_dot_product_attention.probs" in names(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), atol=1e-6, rtol=1e-5)
-    loaded = Products().eval()
-    lq.quantize_(loaded, rules, target="tensorrt", args=x)
-    loaded.load_state_dict(model.state_dict())
-    assert torch.equal(loaded(x), model(x))
-    lq.dequantize_(model)
-    assert torch.equal(model(x), expected)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert {name for name, _ in model.named_children()} == {"qkv", "inner"}
-
-
-def test_a_bad_rule_leaves_no_products_behind():
-    model, x = Products().eval(), torch.randn(2, 5, 8)
-    before = {name for name, _ in model.named_modules()}
-    with pytest.raises(ValueError, match="matches no quantizable layer"):
-        lq.quantize_(
-            model, [QuantRule("*", INT8_INPUT, types="QuantMatmul"), QuantRule("nowhere", INT8_INPUT)], target="tensorrt", args=x
-        )
-    assert {name for name, _ in model.named_modules()} == before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
 # Later
 
 
@@ -403,7 +379,7 @@ def test_copies_state_dicts_and_dequantize():
     assert torch.equal(loaded(IMAGES), expected)
     lq.dequantize_(model)
     assert torch.equal(model(IMAGES), net()(IMAGES))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._load_state_dict_pre_hooks for m in model.modules())
     # and again
     assert torch.equal(placed(model)(IMAGES), expected)
 
@@ -430,7 +406,7 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def fit(module: LightningModule, folder: object, epochs: int, **options: object) -> Trainer:
+def fit(module: LightningModule, folder: object, epochs: int, target: str = "tensorrt", **options: object) -> Trainer:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -438,7 +414,7 @@ def fit(module: LightningModule, folder: object, epochs: int, **options: object)
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[Quantize(target="tensorrt", batches=2, keep_best=False)],
+        callbacks=[Quantize(target=target, batches=2, keep_best=False)],
     )
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 3, 6, 6)), batch_size=4), **options)
     return trainer
@@ -455,6 +431,51 @@ def test_a_fit_trains_with_it_and_its_checkpoint_restores_it(tmp_path):
     resumed = Module()
     fit(resumed, tmp_path, 1, ckpt_path=tmp_path / "model.ckpt")
     assert torch.equal(resumed.eval()(IMAGES), module(IMAGES))
+
+
+class Sample(Module):
+    """No example, but a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_a_first_batch_is_example_enough_and_the_checkpoint_needs_none(tmp_path, target):
+    module = Sample()
+    fit(module, tmp_path, 1, target=target).save_checkpoint(tmp_path / "model.ckpt")
+    roles = {"residual"} if target == "tensorrt" else {"residual", "branch"}
+    assert {f"net.2.conv2.{role}" for role in roles} <= names(module)
+    loaded = load_quantized(Sample(), tmp_path / "model.ckpt")
+    assert torch.equal(loaded(IMAGES), module.eval()(IMAGES))
+    assert placement_of(loaded) == placement_of(module)
+    # without a Trainer's checkpoint the target has to be said
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="has quantized shortcuts, and does not say for which target: give `target`"):
+        load_quantized(Sample(), tmp_path / "model.pt", "int8")
+    loaded = load_quantized(Sample(), tmp_path / "model.pt", "int8", target=target, args=IMAGES[:1])
+    assert torch.equal(loaded(IMAGES), module(IMAGES))
+    with pytest.raises(TypeError, match="`model` exists already, and 'width' would be for its class"):
+        load_quantized(Sample(), tmp_path / "model.ckpt", width=3)
+
+
+class Blind(Sample):
+    """No ``forward`` that an example could be for."""
+
+    forward = LightningModule.forward
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+
+def test_without_an_example_a_warning_says_what_is_left(tmp_path):
+    module = Blind()
+    with pytest.warns(UserWarning, match=r"Only inputs and weights .*Blind has no `forward`.*`example_input_array`, or"):
+        fit(module, tmp_path, 1)
+    assert names(module)
+    assert placement_of(module) == Placement({}, [], [])
 
 
 # Errors
@@ -480,6 +501,10 @@ def test_descriptors_without_kernels(desc, message):
 def test_unknown_target_and_no_example():
     with pytest.raises(ValueError, match="`target` is 'tvm'"):
         lq.quantize_(net(), target="tvm", args=IMAGES)
+    with pytest.raises(ValueError, match="`target` is 'trt'"):
+        Quantize(target="trt")
+    with pytest.raises(ValueError, match="TensorRT takes at most 8 bits"):
+        Quantize([QuantRule("*", QuantDescriptor(num_bits=16))], target="tensorrt")
     with pytest.raises(ValueError, match="`target='tensorrt'` has the model run once: give `args`, or Sequential an `exa"):
         lq.quantize_(net(), target="tensorrt")
 

@@ -7,7 +7,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
@@ -20,12 +22,20 @@ def build(trainer: Trainer, pl_module: LightningModule) -> None:
         _call_configure_model(trainer)
 
 
-def refuse_sharding(trainer: Trainer) -> None:
-    """Raise ``MisconfigurationException`` for strategies that split parameters: amax of a weight is that of all of it."""
+def check_strategy(trainer: Trainer) -> None:
+    """Raise ``MisconfigurationException`` for strategies that split parameters: amax of a weight is that of all of it.
+
+    Warn about those that train in processes of their own: what comes back from them is a state dict.
+    """
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise MisconfigurationException(
             f"`strategy` is {type(trainer.strategy).__name__}, which splits weights over devices, but the amax of a weight is "
             "that of the whole: use 'ddp'."
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            "The strategy trains in processes of its own, and the module in this one stays in float: read the quantized one from "
+            "a checkpoint of the fit, with `lq.load_quantized`, or use 'ddp'."
         )
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lq.calib import Calibrator
+from lq.nn.example import Example, example_inputs, on_device_of
 
 REMEDY = "Override `Quantize.calibration_step(pl_module, batch)` and run the model on the batch there."
 
@@ -145,6 +146,25 @@ def _copy(loader: DataLoader[Any]) -> DataLoader[Any]:
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     sources = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
     return [g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)]
+
+
+def example_of(trainer: Trainer, pl_module: LightningModule) -> Example:
+    """Inputs of one forward before anything runs: the module's ``example_input_array``, or what it takes of a first batch.
+
+    Raises:
+        MisconfigurationException: the module has no ``forward``, or there is no batch that fits it.
+    """
+    if pl_module.example_input_array is not None:
+        return example_inputs(pl_module)
+    if not has_forward(pl_module):
+        raise MisconfigurationException(f"{type(pl_module).__name__} has no `forward`.")
+    loop = trainer._active_loop
+    assert loop is not None
+    with untouched_data(loop._data_source.dataloader()) as loaders:
+        for batch, _, _ in CombinedLoader(loaders, "max_size_cycle" if trainer.training else "sequential"):
+            example: Example = on_device_of(pl_module, forward_arguments(pl_module.forward, batch))
+            return example
+    raise MisconfigurationException("The dataloader gave no batch.")
 
 
 def train_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any, limit: int) -> Iterator[Any]:

@@ -27,7 +27,7 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
-        target: ``"tensorrt"``: quantizers where its fused kernels want them, as for :class:`Quantize`.
+        target: where quantizers are wanted beyond the inputs and weights of layers, as for :class:`Quantize`.
         method: how amax is chosen.
         alpha: SmoothQuant's migration strength; ``None`` does not rescale.
         lr: learning rate, as a share of the original one; ``None`` leaves it alone.
@@ -44,7 +44,7 @@ class QuantizationAwareTraining(Callback):
         self,
         rules: Rules = "int8",
         *,
-        target: str | None = None,
+        target: str | None = "tensorrt",
         method: Method = "mse",
         alpha: Alpha | None = 0.5,
         lr: float | None = 0.01,
@@ -56,7 +56,7 @@ class QuantizationAwareTraining(Callback):
         freeze: ScaleFreeze | None = None,
         monitor: QuantMonitor | None = None,
     ) -> None:
-        if quantize is not None and (rules, target, method, alpha, keep_best) != ("int8", None, "mse", 0.5, False):
+        if quantize is not None and (rules, target, method, alpha, keep_best) != ("int8", "tensorrt", "mse", 0.5, False):
             raise ValueError(
                 "`quantize` is given, and `rules`, `target`, `method`, `alpha` or `keep_best` too: set them in `quantize`."
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from lq.calib import failing_together, save_statistics
 from lq.calib.statistics import require_safetensors
 from lq.calibration import Method, calibrating, check_options
 from lq.callbacks.best import Best, monitored
-from lq.callbacks.building import averages, averaging_later, build, refuse_sharding
-from lq.callbacks.feeding import feed, train_batches, untouched_data
+from lq.callbacks.building import averages, averaging_later, build, check_strategy
+from lq.callbacks.feeding import example_of, feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
-from lq.descriptor import Rules
-from lq.load import RULES, TARGET, to_plain
+from lq.descriptor import Rules, resolve_rules
+from lq.load import PLACEMENT, RULES, to_plain
+from lq.placed import placement_of
+from lq.placement import check_target
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
 from lq.surgery import has_quantized_layers, named_quantizers, quantize_
 
@@ -39,7 +42,8 @@ class Quantize(Callback):
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
         target: ``"tensorrt"`` or ``"onnxruntime"`` quantizes residual adds too, and has layers share scales, as
-            :func:`lq.quantize_` says; for that the module needs an ``example_input_array``.
+            :func:`lq.quantize_` says. For that the module runs once, on its ``example_input_array`` or what ``forward`` takes of
+            a first batch; where there is neither, a warning says so, and inputs and weights of layers alone are quantized.
         method: how amax is chosen, for all or by patterns on names, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
         batches: train batches to calibrate on, on each rank.
@@ -85,6 +89,7 @@ class Quantize(Callback):
         mode: str | None = None,
         dirpath: str | Path | None = None,
     ) -> None:
+        check_target(target, resolve_rules(rules))
         check_options(method, method_options or {}, batches)
         if dirpath is not None:
             require_safetensors()
@@ -119,10 +124,10 @@ class Quantize(Callback):
         feed(pl_module, batch)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_sharding(trainer)
+        check_strategy(trainer)
         build(trainer, pl_module)
         if not has_quantized_layers(pl_module):
-            quantize_(pl_module, self.rules, target=self.target)
+            self._place(trainer, pl_module)
         for name, quantizer in named_quantizers(pl_module):
             if quantizer.quant_desc.learn_amax and quantizer.amax is None:
                 # its parameters would be made after the optimizer, which would never change them
@@ -130,6 +135,22 @@ class Quantize(Callback):
                     f"`{name}` has `learn_amax=True` and no `amax` to start from: give its descriptor an `amax`, or calibrate "
                     "and call `init_learn_amax()` before the fit."
                 )
+
+    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.target is None:
+            quantize_(pl_module, self.rules)
+            return
+        try:
+            args, kwargs = example_of(trainer, pl_module)
+        except Exception as error:  # data code may raise anything where it counts on a hook that comes later
+            rank_zero_warn(
+                f"Only inputs and weights of layers are quantized for `target={self.target!r}`: the module has to run once, "
+                f"and there is no example ({type(error).__name__}: {error}). Give {type(pl_module).__name__} an "
+                "`example_input_array`, or set `target=None`."
+            )
+            quantize_(pl_module, self.rules)
+            return
+        quantize_(pl_module, self.rules, target=self.target, args=args, kwargs=kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look_for_best(trainer)
@@ -183,7 +204,9 @@ class Quantize(Callback):
         if self.dirpath is None:
             return
         folder = Path(self.dirpath)
-        trainer.save_checkpoint(folder / "calibrated.ckpt", weights_only=True)
+        # Lightning asks no callback for what it has to say of weights only
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        trainer.strategy.save_checkpoint(checkpoint | self._origin(pl_module), folder / "calibrated.ckpt")
         if trainer.is_global_zero:
             save_statistics(pl_module, folder / "statistics.safetensors")
 
@@ -201,8 +224,12 @@ class Quantize(Callback):
             self._validate(trainer, pl_module, "kept")
         self._best = None
 
+    def _origin(self, pl_module: LightningModule) -> dict[str, Any]:
+        """What the module's quantizers come from."""
+        return {RULES: to_plain(self.rules), PLACEMENT: asdict(placement_of(pl_module))}
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RULES], checkpoint[TARGET] = to_plain(self.rules), self.target
+        checkpoint |= self._origin(pl_module)
         if self._best is not None:
             checkpoint[BEST] = self._best.state_dict()
 

@@ -44,7 +44,7 @@ def recalibrate(cfg: DictConfig) -> None:
 
 def replace_amaxs(state: dict[str, Tensor], amaxs: dict[str, Tensor], path: Path) -> None:
     """Put ``amaxs``, by the short names of quantizers, into a state dict; all of them or, on an error, none."""
-    keys = {}
+    keys: dict[str, Tensor] = {}
     for name, amax in amaxs.items():
         # a quantizer that stands alone has no suffix
         key = next((key for key in (f"{name}_quantizer._amax", f"{name}._amax") if key in state), None)
@@ -53,8 +53,13 @@ def replace_amaxs(state: dict[str, Tensor], amaxs: dict[str, Tensor], path: Path
         if state[key].shape != amax.shape:
             shapes = f"{tuple(state[key].shape)} in {path} and {tuple(amax.shape)} in the statistics"
             raise ValueError(f"The amax of `{name}` has shape {shapes}: give the checkpoint of the same run.")
-        keys[key] = amax
+        keys |= dict.fromkeys(_names_of(state[key], state), amax)
     state.update(keys)
+
+
+def _names_of(tensor: Tensor, state: dict[str, Tensor]) -> list[str]:
+    """The keys of a tensor: a quantizer that several layers share has one for each of them."""
+    return [key for key, other in state.items() if isinstance(other, Tensor) and other.is_set_to(tensor)]
 
 
 def summary(calibrators: dict[str, Calibrator], amaxs: dict[str, Tensor]) -> Table:

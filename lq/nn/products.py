@@ -4,19 +4,38 @@ A block gets a module for each of its products, and a ``TorchFunctionMode``, act
 calls of the block's own code are counted: while a module inside of it runs, the mode waits.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lq.nn.modes import Modes
 from lq.nn.operations import Operation, QuantMatmul, QuantScaledDotProductAttention
 
-# What stands for which function, of those that are called with their operands first.
+# What stands for which function.
 PRODUCTS: dict[str, type[Operation]] = {
     **dict.fromkeys(("matmul", "__matmul__", "bmm"), QuantMatmul),
     "scaled_dot_product_attention": QuantScaledDotProductAttention,
 }
+# Names of the operands, and what else torch calls them.
+OPERANDS: dict[type[Operation], tuple[str, ...]] = {
+    operation: tuple(inspect.signature(operation.forward).parameters)[1 : len(operation.operands) + 1]
+    for operation in (QuantMatmul, QuantScaledDotProductAttention)
+}
+ALIASES = {"mat2": "other", "tensor2": "other"}
+
+
+def operands_first(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a product with all of its operands by place.
+
+    >>> operands_first("bmm", (1,), {"mat2": 2})
+    ((1, 2), {})
+    """
+    named = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+    by_name = OPERANDS[PRODUCTS[function]][len(args) :]
+    return (*args, *(named.pop(name) for name in by_name)), named
 
 
 class _Multiplying(TorchFunctionMode):
@@ -34,27 +53,30 @@ class _Multiplying(TorchFunctionMode):
             return func(*args, **kwargs)
         name = self.hooks.names[self.count] if self.count < len(self.hooks.names) else None
         self.count += 1
-        return func(*args, **kwargs) if name is None else getattr(self.block, name)(*args, **kwargs)
+        if name is None:
+            return func(*args, **kwargs)
+        args, kwargs = operands_first(func.__name__, args, kwargs)
+        return getattr(self.block, name)(*args, **kwargs)
 
 
 class ProductHooks:
-    """Hooks of a block whose products are modules: ``names`` of these, in order; ``None`` for a product that stays."""
+    """Hooks of a block whose products are modules: ``names`` of these, in order; ``None`` for a product that stays.
 
-    def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = list(names)
-        # one for each call of the block that is under way
-        self.modes: list[_Multiplying] = []
+    ``functions`` are those that they stand for, by name.
+    """
+
+    def __init__(self, functions: Sequence[str | None]) -> None:
+        self.functions = list(functions)
+        self.names: list[str | None] = []
+        self.modes: Modes[_Multiplying] = Modes()
 
     def enter(self, block: nn.Module, args: Any) -> None:
         """Before the block's ``forward``."""
-        mode = _Multiplying(self, block)
-        self.modes.append(mode)
-        mode.__enter__()  # type: ignore[no-untyped-call]
+        self.modes.enter(_Multiplying(self, block))
 
     def leave(self, block: nn.Module, args: Any, output: Any) -> None:
         """After it, and after an error in it (then there is no output)."""
-        mode = self.modes.pop()
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        mode = self.modes.leave()
         if output is not None and mode.count != len(self.names):
             raise RuntimeError(
                 f"{type(block).__name__} had {len(self.names)} matrix products when they were quantized, and {mode.count} now: "
@@ -63,13 +85,13 @@ class ProductHooks:
 
     def wait(self, module: nn.Module, args: Any) -> None:
         """Before the ``forward`` of a module inside of the block."""
-        if self.modes:
-            self.modes[-1].inside += 1
+        if (mode := self.modes.current) is not None:
+            mode.inside += 1
 
     def resume(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it."""
-        if self.modes:
-            self.modes[-1].inside -= 1
+        if (mode := self.modes.current) is not None:
+            mode.inside -= 1
 
 
 def add_products_(block: nn.Module, functions: Sequence[str | None]) -> list[str]:
@@ -82,7 +104,7 @@ def add_products_(block: nn.Module, functions: Sequence[str | None]) -> list[str
     Returns:
         Names of the new children: ``matmul``, ``matmul_1``, ``scaled_dot_product_attention``.
     """
-    hooks, inside = ProductHooks([]), [m for m in block.modules() if m is not block]
+    hooks, inside = ProductHooks(functions), [m for m in block.modules() if m is not block]
     for function in functions:
         hooks.names.append(None if function is None else _add_(block, function))
     for module in inside:

@@ -7,10 +7,12 @@ from there to the add every function that the block calls passes a ``TorchFuncti
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lq.descriptor import QuantDescriptor
+from lq.nn.modes import Modes
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 
@@ -22,43 +24,53 @@ class _Adding(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # what to do with which operand
+        # what to do with which operand, and the shape that both of them have
         self.waiting: dict[int, TensorQuantizer] = {}
+        self.shape: torch.Size | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.waiting and func.__name__ in ADDITIONS and _are_two_tensors(args):
+        if self.waiting and func.__name__ in ADDITIONS and self._are_awaited(args):
             quantizers, self.waiting = self.waiting, {}
             args = tuple(quantizers[place](arg) if place in quantizers else arg for place, arg in enumerate(args))
         return func(*args, **(kwargs or {}))
 
-
-def _are_two_tensors(args: tuple[Any, ...]) -> bool:
-    return len(args) > 1 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
+    def _are_awaited(self, args: tuple[Any, ...]) -> bool:
+        return len(args) > 1 and all(isinstance(x, Tensor) and x.shape == self.shape for x in args[:2])
 
 
 class ShortcutHooks:
     """Hooks of a block and of its layers that end in a residual add."""
 
     def __init__(self) -> None:
-        # one for each call of the block that is under way
-        self.modes: list[_Adding] = []
+        self.modes: Modes[_Adding] = Modes()
 
     def enter(self, block: nn.Module, args: Any) -> None:
         """Before the block's ``forward``."""
-        mode = _Adding()
-        self.modes.append(mode)
-        mode.__enter__()  # type: ignore[no-untyped-call]
+        self.modes.enter(_Adding())
 
     def leave(self, block: nn.Module, args: Any, output: Any) -> None:
         """After it, and after an error in it."""
-        self.modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.modes.leave()
 
-    def wait(self, layer: Any, args: Any, output: Any) -> None:
-        """After the layer's ``forward``: the next add of two tensors takes its output."""
-        if self.modes:
-            places = {"residual": layer.shortcut_operand, "branch": 1 - layer.shortcut_operand}
-            quantizers = layer.quantizers()
-            self.modes[-1].waiting = {place: quantizers[role] for role, place in places.items() if role in quantizers}
+    def wait(self, layer: Any, args: Any, output: Tensor) -> None:
+        """After the layer's ``forward``: the next add of two tensors of its output's shape takes that."""
+        mode = self.modes.current
+        if mode is None:
+            _refuse_recomputing(layer)
+            return
+        places = {"residual": layer.shortcut_operand, "branch": 1 - layer.shortcut_operand}
+        quantizers = layer.quantizers()
+        mode.waiting = {place: quantizers[role] for role, place in places.items() if role in quantizers}
+        mode.shape = output.shape
+
+
+def _refuse_recomputing(layer: nn.Module) -> None:
+    """Raise ``RuntimeError`` where activation checkpointing runs a part of a block again: its add would stay in float."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{type(layer).__name__} ends in a residual add with a quantized shortcut, and runs again for its gradients without "
+            "the block around it: checkpoint the whole block, as `checkpoint(block, x)`, not a part of its `forward`."
+        )
 
 
 def quantize_shortcut_(block: nn.Module, layer: QuantModule, operand: int, desc: QuantDescriptor, *, both: bool = False) -> None:
@@ -66,7 +78,7 @@ def quantize_shortcut_(block: nn.Module, layer: QuantModule, operand: int, desc:
 
     Args:
         block: calls ``layer`` and then the add in its ``forward``, or has them called there.
-        layer: gets a ``residual_quantizer``; the first add of two tensors after it is the one.
+        layer: gets a ``residual_quantizer``; the first add after it of two tensors of its output's shape is the one.
         operand: place of the shortcut among the operands of the add, 0 or 1.
         desc: what to do with it.
         both: quantize the other operand too, that which comes from the layer, with a ``branch_quantizer``.

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lq
 from lq.callbacks import QATSchedule, QuantizationAwareTraining, Quantize, ScaleFreeze
+from lq.callbacks.building import check_strategy
 from tiny import Tiny, dataset, loader, trainer
 
 
@@ -129,6 +131,12 @@ def test_stochastic_weight_averaging_is_refused_by_name(tmp_path, callback):
 def test_strategies_that_split_weights_are_refused_by_name(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"`strategy` is FSDPStrategy.*use 'ddp'"):
         Quantize().setup(SimpleNamespace(strategy=FSDPStrategy()), Tiny(), "fit")
+
+
+def test_processes_that_leave_the_module_in_float_are_warned_about():
+    strategy = SimpleNamespace(launcher=_MultiProcessingLauncher(DDPStrategy(start_method="spawn")))
+    with pytest.warns(UserWarning, match="the module in this one stays in float.*`lq.load_quantized`, or use 'ddp'"):
+        check_strategy(SimpleNamespace(strategy=strategy))
 
 
 def test_early_stopping_counts_no_stage(tmp_path):

@@ -12,13 +12,14 @@ from lq.callbacks import Quantize
 from lq.recipes.digits import DigitsClassifier, DigitsDataModule
 
 
-def fit(folder, method):
+def fit(folder, method, target=None):
     from lightning.pytorch import Trainer
 
     torch.manual_seed(0)
     model = DigitsClassifier()
     options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[Quantize(method=method, batches=3, dirpath=folder)], **options)
+    quantize = Quantize(target=target, method=method, batches=3, alpha=None if target else 0.5, dirpath=folder)
+    trainer = Trainer(accelerator="cpu", max_steps=1, callbacks=[quantize], **options)
     trainer.fit(model, datamodule=DigitsDataModule())
     return model
 
@@ -66,6 +67,19 @@ def test_the_checkpoint_loads_into_the_quantized_module(tmp_path, kept):
     model = lq.quantize_(DigitsClassifier())
     model.load_state_dict(torch.load(tmp_path / "out" / "recalibrated.ckpt", weights_only=True)["state_dict"])
     assert all(q.amax is not None for _, q in lq.named_quantizers(model))
+
+
+def test_a_quantizer_of_several_layers_changes_under_all_of_its_names(tmp_path):
+    fit(tmp_path / "fit", "auto", target="tensorrt")
+    stats = tmp_path / "fit" / "statistics.safetensors"
+    result = command(tmp_path, "recalibrate", f"stats={stats}", "calib=max", "hydra.run.dir=out")
+    assert result.returncode == 0, result.stderr
+    before, after = amaxs(tmp_path / "fit" / "calibrated.ckpt"), amaxs(tmp_path / "out" / "recalibrated.ckpt")
+    shared = [(a, b) for a in before for b in before if a < b and before[a].is_set_to(before[b])]
+    assert shared
+    assert all(torch.equal(after[a], after[b]) and not torch.equal(after[a], before[a]) for a, b in shared)
+    model = lq.load_quantized(DigitsClassifier(), tmp_path / "out" / "recalibrated.ckpt")
+    assert all(dict(model.named_buffers(remove_duplicate=False))[a] is not None for a, _ in shared)
 
 
 @pytest.mark.parametrize(
