@@ -2,13 +2,12 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from lq.nn.products import ProductHooks, add_products_
+from lq.nn.products import add_products_, product_blocks
 from lq.nn.quant_module import QuantModule
-from lq.nn.residual import ShortcutHooks, quantize_shortcut_
+from lq.nn.residual import hooks_of, quantize_shortcut_
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.sharing import share_
 
@@ -48,24 +47,18 @@ def placement_of(model: nn.Module) -> Placement:
     >>> placement_of(nn.ReLU())
     Placement(products={}, shortcuts=[], shared=[])
     """
-    blocks: dict[Any, str] = {}
-    products: dict[str, list[str | None]] = {}
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            hooks = getattr(hook, "__self__", None)
-            if isinstance(hooks, ShortcutHooks):
-                blocks[hooks] = name
-            elif isinstance(hooks, ProductHooks) and hook == hooks.enter:
-                products[name] = list(hooks.functions)
+    names = {module: name for name, module in model.named_modules()}
+    products = {names[block]: list(hooks.functions) for block, hooks in product_blocks(model)}
+    blocks = {hooks_of(hook): name for module, name in names.items() for hook in module._forward_pre_hooks.values()}
     shortcuts: list[tuple[str, str, int, bool]] = []
     shared: dict[TensorQuantizer, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
+    for module, name in names.items():
         if not isinstance(module, QuantModule):
             continue
         for role, quantizer in module.quantizers().items():
             shared[quantizer].append(f"{name}.{role}".strip("."))
         for hook in module._forward_hooks.values():
-            if (hooks := getattr(hook, "__self__", None)) in blocks:
+            if (hooks := hooks_of(hook)) is not None:
                 shortcuts.append((blocks[hooks], name, vars(module)["shortcut_operand"], "branch" in module.quantizers()))
     return Placement(products, shortcuts, [names for names in shared.values() if len(names) > 1])
 

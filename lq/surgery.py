@@ -114,6 +114,7 @@ def quantize_(
     left = place_products_(model, *example, named_products(resolved))
     with _undone_on_error(model):
         _quantize(model, resolved, products=True)
+        remove_products_(model, idle=True)
         left |= place_(target, model, *example)
     if left:
         reasons = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in left.items())
@@ -127,6 +128,7 @@ def quantize_as_(model: M, rules: Rules, placement: Placement) -> M:
     placement.place_products_(model)
     with _undone_on_error(model):
         _quantize(model, resolve_rules(rules), products=True)
+        remove_products_(model, idle=True)
         placement.place_(model)
     return model
 

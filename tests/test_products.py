@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import lq
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, QuantRule
+from lq.placed import placement_of
+from lq.surgery import quantize_as_
 
 
 class Attention(nn.Module):
@@ -86,9 +88,11 @@ def test_products_can_be_left_out_and_taken_out():
     x = torch.randn(2, 5, 8)
     model = Products().eval()
     expected = model(x)
-    rules = [QuantRule("*", INT8_INPUT, INT8_WEIGHT), QuantRule("inner.*", INT8_INPUT, types="QuantScaledDotProductAttention")]
+    products = ("QuantMatmul", "QuantScaledDotProductAttention")
+    rules = [QuantRule("*", INT8_INPUT, INT8_WEIGHT), QuantRule("*", INT8_INPUT, types=products), QuantRule("matmul")]
     placed(model, x, rules)
-    assert "matmul.input" not in names(model)
+    assert {"matmul_1.input", "matmul_1.other"} <= names(model)
+    assert "matmul" not in dict(model.named_children())
     assert "inner.scaled_dot_product_attention.probs" in names(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x), atol=1e-6, rtol=1e-5)
@@ -96,6 +100,9 @@ def test_products_can_be_left_out_and_taken_out():
     lq.quantize_(loaded, rules, target="tensorrt", args=x)
     loaded.load_state_dict(model.state_dict())
     assert torch.equal(loaded(x), model(x))
+    alike = quantize_as_(Products().eval(), rules, placement_of(model))
+    alike.load_state_dict(model.state_dict())
+    assert torch.equal(alike(x), model(x))
     lq.dequantize_(model)
     assert torch.equal(model(x), expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

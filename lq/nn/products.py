@@ -5,7 +5,7 @@ calls of the block's own code are counted: while a module inside of it runs, the
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -62,7 +62,7 @@ class _Multiplying(TorchFunctionMode):
 class ProductHooks:
     """Hooks of a block whose products are modules: ``names`` of these, in order; ``None`` for a product that stays.
 
-    ``functions`` are those that they stand for, by name.
+    ``functions`` are what :func:`add_products_` was given.
     """
 
     def __init__(self, functions: Sequence[str | None]) -> None:
@@ -125,15 +125,33 @@ def _add_(block: nn.Module, function: str) -> str:
     return name
 
 
-def remove_products_(model: nn.Module) -> None:
-    """Take all of them out again, in place."""
-    for module in list(model.modules()):
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                owner = getattr(hook, "__self__", None)
-                if isinstance(owner, ProductHooks):
-                    del hooks[key]
-                    module._forward_hooks_always_called.pop(key, None)
-                    if hook == owner.enter:
-                        for name in filter(None, owner.names):
-                            delattr(module, name)
+def remove_products_(model: nn.Module, *, idle: bool = False) -> None:
+    """Take all of them out again, in place; with ``idle`` only those that no rule has quantized."""
+    for block, hooks in [*product_blocks(model)]:
+        for place, name in enumerate(hooks.names):
+            if name is not None and not (idle and _is_quantized(block.get_submodule(name))):
+                delattr(block, name)
+                hooks.names[place] = None
+        if not any(hooks.names):
+            _remove_hooks_(block, hooks)
+
+
+def product_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, ProductHooks]]:
+    """Blocks with products that are modules."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            hooks = getattr(hook, "__self__", None)
+            if isinstance(hooks, ProductHooks) and hook == hooks.enter:
+                yield module, hooks
+
+
+def _is_quantized(operation: nn.Module) -> bool:
+    return isinstance(operation, Operation) and not all(q._disabled for q in operation.quantizers().values())
+
+
+def _remove_hooks_(block: nn.Module, hooks: ProductHooks) -> None:
+    for module in block.modules():
+        for kept in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in kept.items() if getattr(hook, "__self__", None) is hooks]:
+                del kept[key]
+                module._forward_hooks_always_called.pop(key, None)

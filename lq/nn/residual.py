@@ -83,7 +83,7 @@ def quantize_shortcut_(block: nn.Module, layer: QuantModule, operand: int, desc:
         desc: what to do with it.
         both: quantize the other operand too, that which comes from the layer, with a ``branch_quantizer``.
     """
-    hooks = next((h for h in map(_hooks_of, block._forward_pre_hooks.values()) if h is not None), None)
+    hooks = next((h for h in map(hooks_of, block._forward_pre_hooks.values()) if h is not None), None)
     if hooks is None:
         hooks = ShortcutHooks()
         block.register_forward_pre_hook(hooks.enter)
@@ -100,13 +100,14 @@ def leave_shortcuts_(model: nn.Module) -> None:
     """Take the quantizers of all shortcuts out again, in place."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if _hooks_of(hook) is not None]:
+            for key in [key for key, hook in hooks.items() if hooks_of(hook) is not None]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
         if "shortcut_operand" in vars(module):
             del vars(module)["shortcut_operand"]
 
 
-def _hooks_of(hook: Any) -> ShortcutHooks | None:
+def hooks_of(hook: Any) -> ShortcutHooks | None:
+    """What a hook of a module belongs to, if it is one of these."""
     owner = getattr(hook, "__self__", None)
     return owner if isinstance(owner, ShortcutHooks) else None
