@@ -7,7 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-VERBS = ("run", "recalibrate", "verify")
+from lq.version import __version__
+
+# What each verb calls; its config has the verb's name.
+VERBS = {
+    "run": "lq.cli.run.run",
+    "recalibrate": "lq.cli.recalibrate.recalibrate",
+    "verify": "lq.cli.verify.verify_run",
+}
 
 
 class UserError(SystemExit):
@@ -25,6 +32,9 @@ class UserError(SystemExit):
 
 def main() -> None:
     """Run a verb, ``run`` if none is given, with Hydra's overrides behind it."""
+    if "--version" in sys.argv:  # which Hydra would take for a question about itself
+        print(f"lq {__version__}")
+        return
     verb = "run"
     if len(sys.argv) > 1 and sys.argv[1].isidentifier():
         verb = sys.argv.pop(1)
@@ -74,14 +84,11 @@ def _job(cfg: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import InstantiationException
     from hydra.types import RunMode
+    from hydra.utils import get_method
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
-    from lq.cli.recalibrate import recalibrate
-    from lq.cli.run import run
-    from lq.cli.verify import verify_run
-
-    verb = {"run": run, "recalibrate": recalibrate, "verify": verify_run}[str(HydraConfig.get().job.config_name)]
+    verb = get_method(VERBS[str(HydraConfig.get().job.config_name)])
     explained = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
     try:
         return verb(cfg)

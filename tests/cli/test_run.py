@@ -370,6 +370,22 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (["--version"], f"lq {lq.__version__}\n"),
+        (["--help"], "lq recalibrate and lq verify work on the folder of a run"),
+        (["verify", "--help"], "lq verify run=outputs"),
+        (["recalibrate", "--help"], "lq recalibrate stats=<run>"),
+    ],
+)
+def test_it_says_what_it_is_and_takes(tmp_path, told, words):
+    result = command(tmp_path, *told)
+    assert result.returncode == 0
+    assert words in result.stdout
+    assert "powered by Hydra" not in result.stdout
+
+
 def test_an_error_is_one_message_without_a_traceback(tmp_path):
     for args, words in {("calib.method=magic",): "magic", ("reun",): "reun"}.items():
         result = command(tmp_path, *args)
