@@ -1,16 +1,15 @@
 """Affine fake quantization: a grid between a smallest and a largest value, on which zero lies."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lq.functional.checks import check_broadcast
 from lq.functional.fake_quant import widened
+from lq.functional.gradient import with_gradient, within_range
 from lq.functional.grid import check_num_bits
+from lq.functional.operators import define, in_pieces
 
 
-@torch.library.custom_op("lq::fake_quant_affine", mutates_args=())
 def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
     wide = widened(x)
     low, high = low.to(wide.dtype), high.to(wide.dtype)
@@ -18,24 +17,16 @@ def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> T
     scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
     # the code of the smallest value, without an offset: codes count from here
     first = torch.round(low / scale)
-    return torch.div(wide, scale).round_().sub_(first).clamp_(0, 2**num_bits - 1).add_(first).mul_(scale).to(x.dtype)
+    codes = torch.div(wide, scale).round_().sub_(first).clamp_(0, 2**num_bits - 1)
+    # not as a sum: modules that look for the next sum of two tensors would take this one
+    return codes.sub_(-first).mul_(scale).to(x.dtype)
 
 
-@_fake_quant_affine.register_fake
-def _(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    x, low, high = ctx.saved_tensors
-    return grad.masked_fill((x < low) | (x > high), 0), None, None, None
-
-
-_fake_quant_affine.register_autograd(_backward, setup_context=_save)
+_affine = define(
+    "fake_quant_affine(Tensor x, Tensor low, Tensor high, int num_bits) -> Tensor",
+    _fake_quant_affine,
+    lambda grad, x, low, high, num_bits: within_range(grad, x, low, high),
+)
 
 
 def fake_affine_tensor_quant(inputs: Tensor, min_range: Tensor | float, max_range: Tensor | float, num_bits: int = 8) -> Tensor:
@@ -65,5 +56,8 @@ def fake_affine_tensor_quant(inputs: Tensor, min_range: Tensor | float, max_rang
         raise ValueError(
             f"`min_range` is {low.tolist()} and `max_range` {high.tolist()}: both must be finite, the first not above the second."
         )
-    result: Tensor = _fake_quant_affine(inputs, low, high, num_bits)
-    return result
+    if not in_pieces():
+        return _affine(inputs, low, high, num_bits)
+    bounds = (widened(bound.detach().to(inputs.dtype)) for bound in (low, high))
+    real = _fake_quant_affine(widened(inputs.detach()), low, high, num_bits)
+    return with_gradient(real, widened(inputs), *bounds).to(inputs.dtype)

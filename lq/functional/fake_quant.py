@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lq.functional.checks import check_codes, checked_amax
+from lq.functional.gradient import with_gradient, within_amax
 from lq.functional.grid import FLOAT_FORMATS, Bits, check_num_bits, integer_bounds, largest_code, scale_from_amax
-
-INFINITY = float("inf")
+from lq.functional.operators import define, in_pieces
 
 
 def widened(x: Tensor) -> Tensor:
     """``x`` in the dtype that quantization computes in: float32, or float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def _codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
@@ -26,38 +26,12 @@ def _codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
     return torch.div(x, scale).round_().clamp_(*bounds)
 
 
-# Integers
-
-
-@torch.library.custom_op("lq::fake_quant", mutates_args=())
 def _fake_quant(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
     wide = widened(x)
     scale = scale_from_amax(amax.to(wide.dtype), num_bits, unsigned)
     return _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range)).mul_(scale).to(x.dtype)
 
 
-@_fake_quant.register_fake
-def _(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save_range(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, amax, _, ctx.unsigned, _ = inputs
-    ctx.save_for_backward(x, amax)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    x, amax = ctx.saved_tensors
-    return fake_quant_backward(grad, x, amax, ctx.unsigned), None, None, None, None
-
-
-_fake_quant.register_autograd(_backward, setup_context=_save_range)
-
-
-# Floats
-
-
-@torch.library.custom_op("lq::fake_quant_float", mutates_args=())
 def _fake_quant_float(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits: int) -> Tensor:
     wide, bits = widened(x), (exponent_bits, mantissa_bits)
     scale, largest = scale_from_amax(amax.to(wide.dtype), bits), largest_code(bits)
@@ -65,41 +39,16 @@ def _fake_quant_float(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits
     return torch.div(wide, scale).clamp_(-largest, largest).to(FLOAT_FORMATS[bits]).to(wide.dtype).mul_(scale).to(x.dtype)
 
 
-@_fake_quant_float.register_fake
-def _(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save_float_range(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _backward_float(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return fake_quant_backward(grad, *ctx.saved_tensors, False), None, None, None
-
-
-_fake_quant_float.register_autograd(_backward_float, setup_context=_save_float_range)
-
-
-# The straight-through estimator, for both
-
-
-@torch.library.custom_op("lq::fake_quant_backward", mutates_args=())
-def fake_quant_backward(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
-    """``grad`` where ``-amax <= x <= amax`` (``0 <= x <= amax`` if unsigned), else 0."""
-    if x.device.type == "cpu" and amax.numel() == 1:
-        # hardtanh leaves its own bounds out, the straight-through estimator keeps them: step one float outwards
-        high = torch.nextafter(amax.to(x.dtype), amax.new_tensor(INFINITY, dtype=x.dtype)).item()
-        low = torch.nextafter(x.new_zeros(()), x.new_tensor(-INFINITY)).item() if unsigned else -high
-        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low, high)
-        return inside
-    outside = x.abs() > amax.to(x.dtype)
-    return grad.masked_fill(outside | (x < 0) if unsigned else outside, 0)
-
-
-@fake_quant_backward.register_fake
-def _(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
-    return torch.empty_like(grad)
+_integers = define(
+    "fake_quant(Tensor x, Tensor amax, int num_bits, bool unsigned, bool narrow_range) -> Tensor",
+    _fake_quant,
+    lambda grad, x, amax, num_bits, unsigned, narrow_range: within_amax(grad, x, amax, unsigned),
+)
+_floats = define(
+    "fake_quant_float(Tensor x, Tensor amax, int exponent_bits, int mantissa_bits) -> Tensor",
+    _fake_quant_float,
+    lambda grad, x, amax, *bits: within_amax(grad, x, amax, False),
+)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -111,7 +60,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return fake_quant_backward(grad, *ctx.saved_tensors, ctx.unsigned), None, None, None
+        return within_amax(grad, *ctx.saved_tensors, ctx.unsigned), None, None, None
 
 
 def straight_through(inputs: Tensor, amax: Tensor, outputs: Tensor, unsigned: bool) -> Tensor:
@@ -138,11 +87,14 @@ def quantize(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool = False, nar
 
 def fake_quant(x: Tensor, amax: Tensor, num_bits: Bits, unsigned: bool, narrow_range: bool) -> Tensor:
     """:func:`fake_tensor_quant` to any grid, without a look at the values: quantizers call it in every step."""
-    if isinstance(num_bits, tuple):
-        result: Tensor = _fake_quant_float(x, amax, *num_bits)
-        return result
-    result = _fake_quant(x, amax, num_bits, unsigned, narrow_range)
-    return result
+    floats = isinstance(num_bits, tuple)
+    grid: Any = num_bits if floats else (num_bits, unsigned, narrow_range)
+    if not in_pieces():
+        return (_floats if floats else _integers)(x, amax, *grid)
+    wide, amax = widened(x), amax.detach()
+    real = (_fake_quant_float if floats else _fake_quant)(wide.detach(), amax, *grid)
+    bound = widened(amax.to(x.dtype))
+    return with_gradient(real, wide, torch.zeros_like(bound) if unsigned else -bound, bound).to(x.dtype)
 
 
 def fake_tensor_quant(

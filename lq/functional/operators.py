@@ -1,0 +1,78 @@
+"""Operators of torch under the name ``lq``, with as little between the caller and the arithmetic as torch allows.
+
+``torch.library.custom_op`` makes the same of a function, but what a call costs beside the arithmetic is several times as much.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_LIBRARY = torch.library.Library("lq", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+Function = Callable[..., Tensor]
+
+
+def define(schema: str, kernel: Function, gradient: Function) -> Function:
+    """Define ``torch.ops.lq.<name>``: one node in exported programs, of whose arguments the first alone has a gradient.
+
+    Args:
+        schema: name, arguments and result as torch writes them: tensors before all else, the result shaped like the first.
+        kernel: computes the result into new memory, given the arguments.
+        gradient: that of the first argument, given that of the result and then the arguments.
+
+    Returns:
+        The operator, to be called: past torch's dispatcher where nothing would look on there.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    operator: Function = getattr(torch.ops.lq, name).default
+
+    def below_autograd(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    def call(*args: Any) -> Tensor:
+        return _differentiable(kernel, gradient, args) if _unobserved(args[0]) else operator(*args)
+
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, lambda *args: _differentiable(below_autograd, gradient, args), "Autograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"lq::{name}", lambda first, *others: torch.empty_like(first), lib=_LIBRARY)
+    return call
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Function, gradient: Function, *args: Any) -> Tensor:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.gradient, ctx.others = gradient, args[len(tensors) :]
+        return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradient = ctx.gradient(grad, *ctx.saved_tensors, *ctx.others)
+        return None, None, gradient, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def _differentiable(function: Function, gradient: Function, args: tuple[Any, ...]) -> Tensor:
+    if not torch.is_grad_enabled():
+        return function(*args)
+    result: Tensor = _Differentiable.apply(function, gradient, *args)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _unobserved(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor like any other, and nothing traces or watches what becomes of it."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None
+
+
+def in_pieces() -> bool:
+    """Whether plain arithmetic serves better than one operator: ``torch.compile`` fuses it, ``torch.func`` transforms it."""
+    if torch.compiler.is_dynamo_compiling():
+        return not torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -1,0 +1,180 @@
+"""Gradients of fake quantization where torch transforms, compiles or watches it, and against masks written in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import grad, jacrev, jvp, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lq.functional.affine import fake_affine_tensor_quant
+from lq.functional.fake_quant import fake_quant, scaled_e4m3
+from lq.functional.gradient import within_amax, within_range
+
+AMAX = torch.tensor(1.0)
+FORMS = {
+    "integers": lambda x: fake_quant(x, AMAX, 8, False, True),
+    "channels": lambda x: fake_quant(x, torch.tensor([[0.5], [1.0], [1.5]]).expand(*x.shape[:-1], 1), 8, False, True),
+    "unsigned": lambda x: fake_quant(x, AMAX, 8, True, True),
+    "floats": lambda x: fake_quant(x, AMAX, (4, 3), False, True),
+    "affine": lambda x: fake_affine_tensor_quant(x, -0.5, 1.0),
+}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def plain(form, x, grads):
+    x = x.clone().requires_grad_()
+    y = form(x)
+    return y.detach(), torch.autograd.grad(y, x, grads)[0]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 50)
+
+
+@pytest.fixture
+def grads():
+    return torch.randn(3, 50)
+
+
+# The mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bounds", [(-0.7, 1.3), (0.0, 2.0), (0.25, 0.5), (-4.0, -1.0), (0.0, 0.0), (-1e-45, 1e-45)])
+@pytest.mark.parametrize("shape", [(), (2, 1)])
+def test_bounds_and_their_neighbours(bounds, shape, dtype):
+    low, high = (torch.tensor(b).to(dtype) for b in bounds)
+    infinity = torch.tensor(float("inf"), dtype=dtype)
+    around = [torch.nextafter(b, way) for b in (low, high) for way in (infinity, -infinity)]
+    x = torch.stack([low, high, *around, infinity, -infinity, 0 * low]).expand(2, -1).contiguous()
+    passed = within_range(torch.ones_like(x), x, low.expand(shape), high.expand(shape))
+    values, (below, above) = x.double().numpy(), (b.double().numpy() for b in (low, high))
+    np.testing.assert_array_equal(passed.double().numpy(), (below <= values) & (values <= above))
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_gradients_of_any_size_are_masked_and_not_multiplied(unsigned):
+    x, grads = torch.tensor([[2.0, 0.5, -2.0]] * 2), torch.tensor([[float("inf"), float("nan"), float("nan")]] * 2)
+    for amax in (AMAX, AMAX.expand(2, 1)):
+        masked = within_amax(grads, x, amax, unsigned)
+        assert masked[:, [0, 2]].eq(0).all()
+        assert masked[:, 1].isnan().all()
+
+
+def test_gradients_keep_their_layout():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    y = fake_quant(x, x.detach().abs().amax((0, 2, 3), keepdim=True), 8, False, True)
+    gradient = torch.autograd.grad(y, x, torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))[0]
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+# Transformed
+
+
+@forms
+def test_second_gradients(form, x, grads):
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(form(x), x, grads := grads.requires_grad_(), create_graph=True)
+    (again,) = torch.autograd.grad(gradient, grads, torch.ones_like(x))
+    torch.testing.assert_close(gradient, grads * again)
+    assert 0 < again.mean() < 1
+
+
+@forms
+def test_torch_func(form, x, grads):
+    y, gradient = plain(form, x, grads)
+    assert torch.equal(grad(lambda x: (form(x) * grads).sum())(x), gradient)
+    values, tangents = jvp(form, (x,), (grads,))
+    assert torch.equal(values, y)
+    assert torch.equal(tangents, gradient)
+
+
+def test_torch_func_on_samples(x, grads):
+    form = FORMS["integers"]
+    y, gradient = plain(form, x, grads)
+    assert torch.equal(vmap(form)(x), y)
+    assert torch.equal(vmap(grad(lambda x, g: (form(x) * g).sum()))(x, grads), gradient)
+    assert torch.equal(jacrev(form)(x[0]).diagonal() * grads[0], gradient[0])
+
+
+def test_forward_mode(x, grads):
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(FORMS["integers"](forward_ad.make_dual(x, grads))).tangent
+    assert torch.equal(tangent, plain(FORMS["integers"], x, grads)[1])
+
+
+# Compiled and watched
+
+
+@pytest.mark.slow
+@forms
+def test_compiled_code_is_fused_and_gives_the_same(form, x, grads):
+    torch.compiler.reset()
+    y, gradient = plain(form, x, grads)
+    found, compiled = plain(torch.compile(form, fullgraph=True), x, grads)
+    assert torch.equal(found, y)
+    assert torch.equal(compiled, gradient)
+    graphs = []
+    torch.compile(form, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(x)
+    assert "lq." not in graphs[0].code
+
+
+@forms
+def test_half_precision_compiled(form, x, grads):
+    x, grads = x.bfloat16(), grads.bfloat16()
+    y, gradient = plain(form, x, grads)
+    found, compiled = plain(torch.compile(form, fullgraph=True, backend="aot_eager"), x, grads)
+    assert torch.equal(found, y)
+    assert torch.equal(compiled, gradient)
+
+
+@forms
+def test_who_watches_operators_sees_one(form, x, grads):
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    y, gradient = plain(form, x, grads)
+    with Watching():
+        watched = plain(form, x, grads)
+    assert torch.equal(watched[0], y)
+    assert torch.equal(watched[1], gradient)
+    assert len([name for name in seen if name.startswith("lq.")]) == 2
+
+
+def test_no_sum_for_modules_that_wait_for_one(x):
+    seen = set()
+
+    class Waiting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for form in FORMS.values():
+        with Waiting():
+            form(x)
+            grad(lambda x: form(x).sum())(x)  # noqa: B023
+    assert "div" in seen
+    assert not seen & {"add", "add_", "__add__", "__iadd__", "__radd__"}
+
+
+def test_inference_mode_and_autocast(x):
+    with torch.inference_mode():
+        assert torch.equal(scaled_e4m3(x, 1.0), scaled_e4m3(x.clone(), 1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fake_quant(x, AMAX, 8, False, True).dtype == torch.float32
+
+
+def test_nothing_is_kept_that_autograd_keeps_already(x):
+    kept = []
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = fake_quant(x, AMAX, 8, False, True)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), AMAX.data_ptr()}
+    assert y.requires_grad
