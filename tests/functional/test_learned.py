@@ -1,0 +1,95 @@
+"""LSQ against its formula, written out with autograd, and against finite differences."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lq.functional.fake_quant import fake_tensor_quant
+from lq.functional.grid import integer_bounds
+from lq.functional.learned import fake_quant_learned, gradient_scale
+
+
+def reference(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    """Esser et al., eq. 1 to 3: rounding hands its gradient on, clipping does not."""
+    low, high = integer_bounds(num_bits, unsigned, narrow_range)
+    scale = amax / high
+    code = torch.where(x / scale <= low, float(low), torch.where(x / scale >= high, float(high), x / scale))
+    return (code + (code.round() - code).detach()) * scale
+
+
+GRIDS = [(8, False, True), (8, False, False), (4, True, True), (2, False, False), (3, False, True)]
+
+
+@pytest.mark.parametrize(("num_bits", "unsigned", "narrow_range"), GRIDS)
+@pytest.mark.parametrize("shape", [(), (1, 5, 1), (3, 1, 1)])
+def test_gradients_are_those_of_the_formula(num_bits, unsigned, narrow_range, shape):
+    generator = torch.Generator().manual_seed(num_bits)
+    x = torch.randn(3, 5, 64, generator=generator).requires_grad_()
+    amax = (0.5 + torch.rand(shape, generator=generator)).requires_grad_()
+    weights = torch.randn(3, 5, 64, generator=generator)
+    found = fake_quant_learned(x, amax, num_bits, unsigned, narrow_range)
+    assert torch.equal(found, fake_tensor_quant(x.clamp_min(0) if unsigned else x, amax, num_bits, unsigned, narrow_range))
+    got = torch.autograd.grad((found * weights).sum(), (x, amax))
+    expected = torch.autograd.grad((reference(x, amax, num_bits, unsigned, narrow_range) * weights).sum(), (x, amax))
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_values_at_the_ends_of_the_range_count_as_inside():
+    x, amax = torch.tensor([-2.0, -2.0001, 1.0, 1.0001], requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    fake_quant_learned(x, amax, num_bits=2, narrow_range=False).sum().backward()
+    assert x.grad.tolist() == [1, 0, 1, 0]
+    assert amax.grad.item() == pytest.approx(-2 + 1)
+
+
+def test_a_dead_range_has_a_finite_gradient():
+    amax = torch.tensor([0.0, 1.0], requires_grad=True)
+    fake_quant_learned(torch.zeros(3, 2), amax, 8).sum().backward()
+    assert amax.grad.isfinite().all()
+
+
+def test_half_precision_keeps_the_gradient_of_amax_in_its_own_dtype():
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    amax = torch.tensor(1.5, requires_grad=True)
+    full = torch.autograd.grad(fake_quant_learned(x.bfloat16().float(), amax, 4).sum(), amax)[0]
+    half = torch.autograd.grad(fake_quant_learned(x.bfloat16(), amax, 4).sum(), amax)[0]
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=0.02)
+
+
+def test_strides_do_not_matter():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    amax = torch.tensor(1.0, requires_grad=True)
+    weights = torch.randn(2, 3, 4, 5)
+    one = torch.autograd.grad((fake_quant_learned(x, amax, 4) * weights).sum(), amax)[0]
+    other = torch.autograd.grad((fake_quant_learned(x.contiguous(), amax, 4) * weights).sum(), amax)[0]
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("shape", [(), (4, 1)])
+def test_compiled_it_has_the_same_gradients(shape):
+    x, amax = torch.randn(4, 64).requires_grad_(), torch.full(shape, 1.3).requires_grad_()
+    weights = torch.randn(4, 64)
+
+    def run(function):
+        return torch.autograd.grad((function(x, amax, 4, False, True, 0.5) * weights).sum(), (x, amax))
+
+    compiled = torch.compile(fake_quant_learned, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(run(compiled), run(fake_quant_learned), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_step_takes_the_way_that_lsq_gives_it():
+    """SGD on amax with our factor and SGD on the step with LSQ's own: the same steps."""
+    x, target = torch.randn(256, generator=torch.Generator().manual_seed(0)), 0.3
+    high = 7
+    amax, step = torch.tensor(2.1, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    for _ in range(5):
+        loss = (fake_quant_learned(x, amax, 4, gradient_scale=gradient_scale(256, 4)) - target).square().sum()
+        amax.data -= 1e-3 * torch.autograd.grad(loss, amax)[0]
+        loss = (reference(x, step * high, 4, False, True) - target).square().sum()
+        step.data -= 1e-3 * torch.autograd.grad(loss, step)[0] / math.sqrt(256 * high)
+        assert amax.item() / high == pytest.approx(step.item(), rel=1e-4)
+    assert step.item() != pytest.approx(0.3, rel=1e-3)
