@@ -1,6 +1,7 @@
 """Export of a run's models, and the proof that the graph computes what was trained."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,10 +54,11 @@ class Deployment:
 
 def _agreement(name: str, found: RuntimeDifference, samples: int) -> dict[str, str]:
     output = found.outputs[0]
+    steps = f" ({output.max_steps:.3g} quantization steps)"
     apart = f"; {found.disagreements} disagree, at most {found.worst_disagreement_steps:.3g} steps apart"
     return {
         f"agreement with {name}": f"{100 * found.agreement:.2f} % of {samples} predictions" + apart * (found.disagreements > 0),
-        f"largest difference, {name}": f"{output.max_abs:.3g} at the output ({output.max_steps:.3g} quantization steps)",
+        f"largest difference, {name}": f"{output.max_abs:.3g} at the output" + steps * (not math.isnan(output.step)),
     }
 
 

@@ -21,7 +21,8 @@ from lq.cli.deploy import Deployment, deploy, inputs, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
 from lq.export import require_tensorrt
 from lq.export._require import require
-from lq.export.check import E4M3, fits_int8
+from lq.export.check import E4M3, checked_opset, fits_int8
+from lq.export.onnx import PRECISIONS
 from lq.surgery import named_quantizers, quantize_
 
 
@@ -134,6 +135,7 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
                 f"`export.precision` is {cfg.export.precision!r}: choose fp32 or fp16, which ONNX Runtime runs on the CPU; "
                 "`lq.export.to_onnx` also writes bf16."
             )
+        checked_opset(quantized, PRECISIONS[cfg.export.precision], cfg.export.opset)
         if cfg.export.engine is not None:
             require_tensorrt()
         for name, quantizer in named_quantizers(quantized):

@@ -1,6 +1,7 @@
 """``lq verify``: does the graph of a run, and its engine, compute what its model does?"""
 
 import json
+import math
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
+from torch.utils._pytree import tree_map
 
 from lq.cli.deploy import inputs
 from lq.cli.outputs import prepare_folder
@@ -41,17 +43,30 @@ def verify_run(cfg: DictConfig) -> dict[str, Any]:
     load_quantized(model, cfg.ckpt_path or folder / "checkpoints" / f"{ran.quant.name}.ckpt")
     batches = islice(inputs(model, data), cfg.batches)
     result = verify(model, onnx, plan if cfg.plan or plan.is_file() else None, batches=batches)
-    placement = placement_report(onnx)
-    print(f"{result}\nplacement: {placement.summary}")
+    print(result)
     runtimes = (result.onnxruntime, result.tensorrt)
-    found = {
+    measured = {
         "samples": result.samples,
         **{runtime.runtime: _figures(runtime) for runtime in runtimes if runtime is not None},
         "layers": [asdict(layer) for layer in result.layers],
-        "placement": placement.records(),
+        "placement": _placement(onnx, ran.export.target or "tensorrt"),
     }
-    (output / "verification.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    # JSON has no NaN
+    found: dict[str, Any] = tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, measured)
+    (output / "verification.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return found
+
+
+def _placement(onnx: Path, target: str) -> list[dict[str, Any]] | None:
+    """What TensorRT would run in which precision, printed; ``None`` where the graph is laid out for another runtime."""
+    if target != "tensorrt":
+        print(f"placement: the graph is laid out for {target}, TensorRT's rules are not its own")
+        return None
+    report = placement_report(onnx)
+    print(f"placement: {report.summary}")
+    for layer in report.float_layers:
+        print(f"  {layer.name} in float: {'; '.join(layer.reasons)}")
+    return report.records()
 
 
 def _figures(runtime: RuntimeDifference) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What cannot be exported, found before the work, with the names of the quantizers."""
 
 from collections.abc import Container
+from itertools import chain
 
 import torch
 from torch import nn
@@ -39,14 +40,15 @@ def check_exportable(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
       ...
     ValueError: `0.input`, `0.weight` (2 of 2 quantizers) have no amax: calibrate first, with `lq.calibrating(model)`.
     """
+    if meta := [name for name, x in chain(model.named_parameters(), model.named_buffers()) if x.is_meta]:
+        raise ValueError(f"`{meta[0]}` ({len(meta)} in all) is on `meta` and has no values: load the weights first.")
     modules = [m for m in model.modules() if isinstance(m, QuantModule)]
     check_quantizers(model, formats=[E4M3], blocks=[m.quantizers()[role] for m in modules for role in m.weights()])
-    for name, module in model.named_modules():
-        for role, weight in module.weights().items() if isinstance(module, QuantModule) else ():
-            if module.quantizers()[role].active and weight.dtype not in (torch.float32, dtype):
-                raise ValueError(
-                    f"`{name}.{role}` is {weight.dtype}: scales are exported in float32, so call `model.float()` first."
-                )
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.dtype not in (torch.float32, dtype):
+            raise ValueError(
+                f"`{name}` is {weight.dtype}, and the graph {dtype}: call `model.float()` first, or give `precision`."
+            )
 
 
 def checked_opset(model: nn.Module, dtype: torch.dtype, asked: int | None) -> int | None:
@@ -60,8 +62,10 @@ def checked_opset(model: nn.Module, dtype: torch.dtype, asked: int | None) -> in
     """
     quantizers = [quantizer for _, quantizer in named_quantizers(model) if quantizer.active]
     needs = {AXIS_OPSET: "QuantizeLinear has an axis"} if quantizers else {}
-    if any(isinstance(q.num_bits, tuple) for q in quantizers) or (quantizers and dtype != torch.float32):
-        needs[HALF_OPSET] = "QuantizeLinear has FP8, and scales in half precision,"
+    if any(isinstance(q.num_bits, tuple) for q in quantizers):
+        needs[HALF_OPSET] = "QuantizeLinear has FP8"
+    elif quantizers and dtype != torch.float32:
+        needs[HALF_OPSET] = "QuantizeLinear has scales in half precision"
     if any(q.quant_desc.block_size is not None for q in quantizers):
         needs[BLOCKS_OPSET] = "DequantizeLinear has blocks"
     if dtype == torch.bfloat16:

@@ -1,5 +1,6 @@
 """How far a runtime's outputs are from those of the torch model, over batches."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,12 @@ class OutputDifference:
         """``mean_abs`` in steps."""
         return self.mean_abs / self.step
 
+    def __str__(self) -> str:
+        largest, mean = f"largest difference {self.max_abs:.3g}", f"mean {self.mean_abs:.3g}"
+        if math.isnan(self.step):
+            return f"{self.name}: {largest}, {mean}; no input is quantized, so there are no steps"
+        return f"{self.name}: {largest} ({self.max_steps:.3g} steps), {mean} ({self.mean_steps:.3g} steps)"
+
 
 @dataclass(frozen=True, eq=False)
 class RuntimeDifference:
@@ -46,7 +53,8 @@ class RuntimeDifference:
         outputs: each of them, in order.
         agreement: fraction of equal predictions.
         disagreements: number of unequal ones.
-        worst_disagreement_steps: largest difference, in steps, in the rows whose predictions are unequal; 0 if there are none.
+        worst_disagreement_steps: largest difference, in steps, in the rows whose predictions are unequal; 0 if there are none,
+            NaN if there are no steps.
         predictions: int64, ``(samples,)``, or ``(samples, *rest)`` where the first output has more axes.
     """
 

@@ -16,9 +16,9 @@ from lq.export._require import require
 from lq.export._staged import staged
 from lq.export.check import check_exportable, checked_opset
 from lq.export.fold import fold_batchnorm_
-from lq.export.inputs import batch_shapes
+from lq.export.inputs import batch_shapes, checked_inputs, name_caught_
 from lq.export.scales import fix_learned_scales_, raise_dead_scales_, round_weights_
-from lq.nn.example import as_args, on_device_of
+from lq.nn.example import on_device_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,6 +27,10 @@ TARGETS = ("tensorrt", "onnxruntime")
 
 # What the graph computes in.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+BATCH_HINT = (
+    "if the model fixes its batch size, export with `dynamic_shapes=None`; if a tensor has that size by chance, give the shapes."
+)
 
 # A protobuf message ends at 2 GiB; what is left is for the graph itself.
 MAX_IN_ONE_FILE = 2**31 - 2**27
@@ -74,6 +78,7 @@ def to_onnx(
 
     Raises:
         ImportError: the extra ``export`` is not installed.
+        TypeError: ``model`` is no module; ``args`` is ``None``, or does not fit ``forward``.
         FileNotFoundError, IsADirectoryError, PermissionError: ``path`` cannot be written, found out before the export.
         ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics,
             ``fake_quant=False``, more than 8 bits (7 if unsigned), E5M2, several axes, not float32; or an unknown
@@ -82,29 +87,43 @@ def to_onnx(
     require("onnx", "onnxscript", "onnx_ir")
     from lq.export.lower import lower_fake_quant_
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` is {model!r}: it must be a torch.nn.Module.")
     for name, value, known in (("target", target, TARGETS), ("precision", precision, PRECISIONS)):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(known)}.")
     if opset is not None and type(opset) is not int:
         raise TypeError(f"`opset` is {opset!r}: it must be an integer.")
     path, dtype, asked = Path(path), PRECISIONS[precision], opset
     check_exportable(model, dtype)
     opset = checked_opset(model, dtype, opset)
-    args, keywords = _in_precision(dtype, on_device_of(model, (as_args(args), dict(kwargs or {}))))
+    args, keywords = _in_precision(dtype, on_device_of(model, checked_inputs(model, args, kwargs)))
+    hint = ""
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "batch":
             raise ValueError(
                 f"`dynamic_shapes` is {dynamic_shapes!r}: give 'batch', None, or the shapes that torch.export takes."
             )
         dynamic_shapes = batch_shapes(model, args, keywords)
-    with staged(path) as file:
-        program = _export(model, args, keywords, dynamic_shapes, opset, dtype)
+        hint = f"`dynamic_shapes='batch'` stands for {dynamic_shapes}: " + BATCH_HINT
+    # a link is written through, and not replaced
+    place = path.resolve()
+    with staged(place) as file:
+        try:
+            program = _export(model, args, keywords, dynamic_shapes, opset, dtype)
+        except Exception as error:
+            if hint:
+                error.add_note(hint)
+            raise
         # torch writes a later one where a model has operators that cannot be brought down to an earlier one
         written = program.model.opset_imports.get("")
         if asked is not None and written != asked:
             raise ValueError(f"`opset` is {asked}, but this model can be written in {written} only: leave `opset` out.")
         lower_fake_quant_(program.model, target)
-        _save(program.model, file)
+        external = _save(program.model, file)
+    if not external:
+        # an earlier and larger file at this path had one
+        place.with_name(f"{place.name}.data").unlink(missing_ok=True)
     return path
 
 
@@ -136,30 +155,29 @@ def _export(
         if dtype != torch.float32:
             round_weights_(model)
             model.to(dtype)
+        name_caught_(model, kwargs)
         # torch.onnx takes a dict at the end of args for kwargs, unless there are any
         args = (*args, {}) if not kwargs and args and isinstance(args[-1], dict) else args
-        try:
-            return torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                dynamic_shapes=dynamic_shapes,
-                opset_version=opset,
-                custom_translation_table=translation_table(),
-                verbose=False,
-            )
-        except Exception as error:
-            if dynamic_shapes is not None:
-                error.add_note("If the model fixes its batch size, export with `dynamic_shapes=None`.")
-            raise
+        return torch.onnx.export(
+            model,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            dynamic_shapes=dynamic_shapes,
+            opset_version=opset,
+            custom_translation_table=translation_table(),
+            verbose=False,
+        )
 
 
-def _save(model: "ir.Model", file: Path) -> None:
+def _save(model: "ir.Model", file: Path) -> bool:
+    """Write the file, and say whether its weights needed another one."""
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, file, format="protobuf", external_data=None if size <= MAX_IN_ONE_FILE else f"{file.name}.data")
+    external = size > MAX_IN_ONE_FILE
+    ir.save(model, file, format="protobuf", external_data=f"{file.name}.data" if external else None)
+    return external
 
 
 @contextmanager

@@ -59,7 +59,9 @@ class OnnxModel:
             graph = path if isinstance(path, bytes) else str(path)
             self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ValueError(f"`path` is {self._name!r}, which ONNX Runtime cannot load: {error}") from error
+            # which of its operators it names first, and whether with the type, is by chance
+            remedy = " (bfloat16 is not for the CPU: export in fp32 or fp16.)" if "NOT_IMPLEMENTED" in str(error) else ""
+            raise ValueError(f"`path` is {self._name!r}, which ONNX Runtime cannot load: {error}{remedy}") from error
         self.inputs: tuple[str, ...] = tuple(i.name for i in self.session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self.session.get_outputs())
         self._types = {i.name: FLOATS.get(i.type) for i in self.session.get_inputs()}

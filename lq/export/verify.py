@@ -17,6 +17,7 @@ from lq.export.runtime import OnnxModel
 from lq.nn import QuantInputMixin, QuantMixin
 from lq.nn.evaluating import evaluating
 from lq.nn.example import as_args, on_device_of
+from lq.surgery import named_quantizers
 
 if TYPE_CHECKING:
     from lq.export.parting import CodeDifference
@@ -43,6 +44,7 @@ class Verification:
         onnxruntime: how far ONNX Runtime is from torch.
         tensorrt: how far the engine is, where one was given.
         layers: the codes of each activation in torch and in ONNX Runtime, in the order of their calls, in the first batch.
+            TensorRT's are not among them: an engine that hands them out is another one, with other fusions.
     """
 
     samples: int
@@ -61,11 +63,7 @@ class Verification:
         for runtime in (self.onnxruntime, self.tensorrt):
             if runtime is not None:
                 lines.append(f"{runtime.runtime}: {100 * runtime.agreement:.2f} % of {self.samples} predictions agree")
-                lines += [
-                    f"  {o.name}: largest difference {o.max_abs:.3g} ({o.max_steps:.3g} steps), "
-                    f"mean {o.mean_abs:.3g} ({o.mean_steps:.3g} steps)"
-                    for o in runtime.outputs
-                ]
+                lines += [f"  {output}" for output in runtime.outputs]
         first = self.first_difference
         if first is not None:
             lines.append(
@@ -99,9 +97,15 @@ def verify(
         feed: from a batch to the inputs of the ONNX model by name; by default positional inputs in order, keyword inputs by name.
 
     Raises:
-        FileNotFoundError, ValueError: a file cannot be loaded; or there are no batches; or outputs differ in number or shape.
+        FileNotFoundError, ValueError: a file cannot be loaded; or the model is not calibrated; or there are no batches; or
+            outputs differ in number or shape.
         ImportError, RuntimeError: there is a ``plan``, but no TensorRT or no GPU.
     """
+    if pending := [name for name, q in named_quantizers(model) if q._if_quant and q.amax is None and not q.dynamic]:
+        raise ValueError(
+            f"`{pending[0]}` ({len(pending)} quantizers in all) has no amax, so the model computes in float there: calibrate it, "
+            "or load the checkpoint that the file was exported from."
+        )
     runtimes = _runtimes(onnx, plan)
     totals = {name: Totals() for name in runtimes}
     predictions: list[Tensor] = []

@@ -160,6 +160,49 @@ def test_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_forward_does_not_take(tmp_path, no_export):
+    for args, kwargs, message in (
+        (None, None, "`args` is None: give the positional inputs"),
+        ((X, X), None, "do not fit the `forward` of Sequential: too many positional arguments"),
+        ((), None, "do not fit the `forward` of Sequential: missing a required argument: 'input'"),
+        (X, {"mask": X}, "do not fit the `forward` of Sequential: got an unexpected keyword argument 'mask'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            to_onnx(model(), args, tmp_path / "model.onnx", kwargs=kwargs)
+    with pytest.raises(TypeError, match=r"`model` is 'model.onnx': it must be a torch.nn.Module"):
+        to_onnx("model.onnx", X, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"`precision` is torch.float16: choose one of fp32, fp16, bf16"):
+        to_onnx(model(), X, tmp_path / "model.onnx", precision=torch.float16)
+    with pytest.raises(ValueError, match=r"`precision` is \['fp16'\]: choose one of"):
+        to_onnx(model(), X, tmp_path / "model.onnx", precision=["fp16"])
+    with pytest.raises(ValueError, match=r"`0.weight` \(8 in all\) is on `meta` and has no values: load the weights first"):
+        to_onnx(model().to("meta"), X, tmp_path / "model.onnx")
+
+
+def test_half_model_needs_the_precision(tmp_path):
+    half = nn.Sequential(nn.Linear(3, 4)).half().eval()
+    with pytest.raises(ValueError, match=r"`0.weight` is torch.float16, and the graph torch.float32: call `model.float"):
+        to_onnx(half, X.half(), tmp_path / "model.onnx")
+    to_onnx(half, X.half(), tmp_path / "model.onnx", precision="fp16")
+
+
+@pytest.mark.parametrize(("weight", "precision", "says"), [({"num_bits": (4, 3)}, "fp32", "FP8"), ({}, "fp16", "half precision")])
+def test_opset_says_what_it_is_needed_for(weight, precision, says, tmp_path, no_export):
+    built = model(INT8_INPUT.replace(**weight), **weight)
+    with pytest.raises(ValueError, match=f"`opset` is 17: QuantizeLinear has .*{says} from opset 19"):
+        to_onnx(built, X, tmp_path / "model.onnx", precision=precision, opset=17)
+
+
+def test_link_is_written_through(tmp_path):
+    (tmp_path / "store").mkdir()
+    link = tmp_path / "model.onnx"
+    link.symlink_to(tmp_path / "store" / "model-1.onnx")
+    assert to_onnx(model(), X, link) == link
+    assert link.is_symlink()
+    assert link.stat().st_size > 0
+    assert [p.name for p in (tmp_path / "store").iterdir()] == ["model-1.onnx"]
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_missing_package(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)

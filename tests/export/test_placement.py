@@ -271,6 +271,12 @@ def integer_convolution(net):
     net.op("QLinearConv", x, scale, zero, w, scale, zero, scale, zero, name="layer")
 
 
+def scales_of_two_types(net):
+    scale = net.constant(np.full((), 0.1, np.float16))
+    weight = net.op("DequantizeLinear", net.constant(np.ones((8, 8, 3, 3), INT8)), scale, net.constant(np.zeros((), INT8)))
+    net.op("Conv", net.qdq(net.input()), weight, name="layer")
+
+
 IN_FLOAT = {
     "input-not-quantized": [input_not_quantized],
     "weight-not-quantized": [weight_not_quantized],
@@ -278,6 +284,7 @@ IN_FLOAT = {
     "operand-not-quantized": [operand_not_quantized, operand_of_add_not_quantized],
     "op-between": [cast_before_layer, average_before_layer, cast_of_weight, transpose_of_kernel],
     "concat-scales": [concat_scales, concat_with_float],
+    "float-types": [scales_of_two_types],
     "mixed-types": [mixed_types, mixed_operands, mixed_shortcut, int4_with_int8],
     "bias-quantized": [bias_quantized],
     "per-channel-activation": [per_channel_activation],
@@ -346,9 +353,15 @@ def qdq_before_add(net):
     net.qdq(net.op("Add", net.qdq(conv), net.qdq(net.input("y")), name="layer"))
 
 
+def pair_of_two_scales(net):
+    codes = net.op("QuantizeLinear", net.input(), *net.parameters(0.1, 0, INT8))
+    net.conv(net.op("DequantizeLinear", codes, *net.parameters(0.2, 0, INT8)))
+
+
 AROUND = {
     "unfolded-batchnorm": [unfolded_batchnorm, unfolded_batchnorm_of_transposed_conv, unfolded_batchnorm_of_matmul],
     "op-between": [cast_before_quantize],
+    "pair-scales": [pair_of_two_scales],
     "split-fusion": [qdq_before_relu, qdq_before_batchnorm, qdq_before_add],
 }
 
@@ -367,7 +380,8 @@ def test_each_rule_has_a_graph_and_a_source():
     for name, rule in RULES.items():
         assert name == rule.id
         assert rule.section
-        assert rule.url.startswith("https://docs.nvidia.com/deeplearning/tensorrt/")
+        # one rule is ONNX's own
+        assert rule.url.startswith(("https://docs.nvidia.com/deeplearning/tensorrt/", "https://onnx.ai/onnx/operators/"))
 
 
 # What breaks none
@@ -794,8 +808,15 @@ def test_errors(tmp_path, monkeypatch):
     onnx.save(onnx.ModelProto(ir_version=10), file)
     with pytest.raises(ValueError, match="holds no graph with outputs: give"):
         placement_report(file)
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=r"lightning-lq\[export\]"):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnx", None)
+        with pytest.raises(ImportError, match=r"lightning-lq\[export\]"):
+            placement_report(file)
+    net = Net()
+    net.conv(net.qdq(net.input(), -0.1))
+    onnx.save(net.proto(), file, save_as_external_data=True, location="weights", size_threshold=0)
+    (tmp_path / "weights").unlink()
+    with pytest.raises(FileNotFoundError, match=r"weights lie in another file, which is not there"):
         placement_report(file)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 import fake_tensorrt
 import lq
-import lq.export.tensorrt.benchmark
 import lq.export.tensorrt.engine
 import lq.export.tensorrt.inspection
 from exported import calibrated
@@ -212,7 +211,7 @@ def test_wrong_inputs(tmp_path, fake):
         double(torch.ones(2))
     with pytest.raises(TypeError, match=r"`ids` is torch.int64, but model.plan takes torch.int32"):
         double(torch.ones(2, dtype=torch.int64), torch.ones(2))
-    with pytest.raises(ValueError, match=r"takes ids, x, but x, y is given"):
+    with pytest.raises(ValueError, match="takes ids, x, but of what is given 'ids' is missing, 'y' is unknown"):
         double.run({"x": torch.ones(2), "y": torch.ones(2)})
     assert [tuple(y.tolist()) for y in double.run({"x": torch.ones(2), "ids": torch.ones(2, dtype=torch.int32)})] == [(2, 2)] * 2
 
@@ -289,28 +288,36 @@ def test_layers_of_an_engine_without_details(tmp_path, fake):
     assert Engine(build_engine(path, tmp_path / "p"), device="cpu").layers() == [{"Name": "conv + relu"}, {"Name": "fc"}]
 
 
-def test_benchmark_takes_turns(monkeypatch):
-    class Timed:
-        device = torch.device("cpu")
-
-        def __init__(self, name, times):
-            self.name, self.times = name, iter(times)
-
-        def __call__(self, x):
-            order.append(self.name)
-
+def test_benchmark_times_the_engine_alone_by_turns(fake, tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(lq.export.tensorrt.benchmark, "_milliseconds", lambda one, tensors: [one(*tensors), next(one.times)][1])
-    int8, half = Timed("int8", [50, *([1.0] * 97), 2, 3, 4]), Timed("half", [50, *([4.0] * 100)])
-    found = benchmark_engine(int8, torch.ones(8, 3), against=half, repeats=100, warmup=1)
-    assert order == ["int8", "half"] * 101
+
+    def engine(name, times):
+        made = Engine(build_engine(graph(tmp_path), tmp_path / f"{name}.plan", profiles=8), device="cpu")
+
+        def milliseconds(work):
+            placed = len(made._stream.log)
+            before = len(made._context.streams)
+            work()
+            order.append((name, len(made._context.streams) - before))
+            assert len(made._stream.log) == placed, "inputs were put in place again"
+            return next(times)
+
+        made._stream.milliseconds = milliseconds
+        return made
+
+    int8 = engine("int8", iter([50, *([1.0] * 97), 2, 3, 4, 80]))
+    half = engine("half", iter([50, *([4.0] * 100), 400]))
+    found = benchmark_engine(int8, torch.ones(8, 3).half(), against=half, repeats=100, warmup=1)
+    assert order == [("int8", 1), ("half", 1)] * 101 + [("int8", 100), ("half", 100)]
     assert (found.engine.median_ms, found.engine.p99_ms, found.ratio) == (1, 3, 0.25)
-    assert found.engine.throughput == pytest.approx(1000 * 8 * 100 / 106)
-    alone = benchmark_engine(Timed("int8", [1.0] * 4), torch.ones(8, 3), repeats=3, warmup=1)
+    assert (found.engine.throughput, found.against.throughput) == (1000 * 8 * 100 / 80, 1000 * 8 * 100 / 400)
+    alone = benchmark_engine(engine("int8", iter([1.0] * 5)), torch.ones(8, 3).half(), repeats=3, warmup=1)
     assert alone.against is None
     assert alone.ratio != alone.ratio
     with pytest.raises(ValueError, match="`repeats` is 0"):
         benchmark_engine(int8, torch.ones(1), repeats=0)
+    with pytest.raises(TypeError, match="takes 1 inputs"):
+        benchmark_engine(int8, (torch.ones(1), torch.ones(1)))
 
 
 # With TensorRT

@@ -444,6 +444,24 @@ def test_weights_beyond_one_file_go_beside_it(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert (tmp_path / "model.onnx.data").stat().st_size >= 32 * 32
     close(model, graph, x)
+    # a smaller one at the same place leaves nothing of it behind
+    monkeypatch.undo()
+    close(model, export(model, x, tmp_path), x)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class Named(nn.Sequential):
+    def forward(self, x: Tensor, **scales: Tensor) -> Tensor:
+        return super().forward(x) * scales["scale"] + scales["shift"]
+
+
+def test_keywords_that_forward_catches(tmp_path):
+    x, scales = torch.randn(2, 3), {"scale": torch.rand(2, 1), "shift": torch.randn(4)}
+    model = calibrated(Named(nn.Linear(3, 4)), x, **scales)
+    graph = export(model, x, tmp_path, kwargs=scales)
+    y, more = torch.randn(5, 3), {"scale": torch.rand(5, 1), "shift": torch.randn(4)}
+    with torch.no_grad():
+        np.testing.assert_allclose(graph.run(y, *more.values())[0], model(y, **more).numpy(), atol=1e-5)
 
 
 def test_bias_of_a_dead_channel_survives_onnx_runtime(tmp_path):

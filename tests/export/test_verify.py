@@ -140,6 +140,8 @@ def test_step_is_nan_where_no_input_is_quantized(tmp_path):
     assert math.isnan(result.onnxruntime.outputs[0].step)
     assert math.isnan(result.onnxruntime.outputs[0].max_steps)
     assert result.onnxruntime.outputs[0].max_abs < 1e-6
+    assert "no input is quantized, so there are no steps" in str(result)
+    assert "nan" not in str(result)
 
 
 def test_dense_predictions(tmp_path):
@@ -240,6 +242,23 @@ def test_the_graph_is_run_as_it_is_written(tmp_path, rules, precision):
         # half precision may move a value to the next code
         assert output.max_abs < 0.05 * largest
     assert len(result.layers) == (2 if rules == "fp8" else 0)
+
+
+def test_model_that_is_not_calibrated(exported):
+    model, path, batches = exported
+    fresh = copy.deepcopy(model)
+    fresh[4].input_quantizer.amax = None
+    with pytest.raises(ValueError, match=r"`4.input` \(1 quantizers in all\) has no amax, so the model computes in float there"):
+        verify(fresh, path, batches=batches)
+    fresh[4].input_quantizer.disable()
+    verify(fresh, path, batches=batches)
+
+
+def test_bfloat16_is_not_run_on_the_cpu(exported, tmp_path):
+    model, _, batches = exported
+    path = to_onnx(model, batches[0], tmp_path / "bf16.onnx", precision="bf16")
+    with pytest.raises(ValueError, match=r"\(bfloat16 is not for the CPU: export in fp32 or fp16"):
+        verify(model, path, batches=batches)
 
 
 def test_no_batches(exported):

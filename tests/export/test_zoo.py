@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -56,6 +57,25 @@ def test_model(tmp_path, name):
     weights = {f"{n}.{role}".strip(".") for n, m in model.named_modules() if isinstance(m, QuantModule) for role in m.weights()}
     activations = {name for name, _ in lq.named_quantizers(model)} - weights
     assert len(result.layers) == len(activations) - UNSEEN.get(name, 0)
+
+
+@pytest.mark.parametrize("name", ["functional", "control_flow", "bert", "mobilenet_v2", "unet"])
+def test_model_in_half_precision(tmp_path, name):
+    torch.manual_seed(0)
+    build, inputs = ZOO[name]
+    model, example = build().eval(), inputs(4)
+    lq.quantize_(model, "int8", target="tensorrt", args=example)
+    with lq.calibrating(model):
+        model(*example)
+        model(*negated(example))
+    path = to_onnx(model, example, tmp_path / "model.onnx", precision="fp16")
+    onnx.checker.check_model(str(path), full_check=True)
+    report = placement_report(path)
+    assert not report.float_layers, str(report)
+    assert not {rule for layer in report.layers for rule in layer.rules} & {"op-between", "float-types"}
+    # half precision moves values to the next code, which moves outputs by steps
+    result = verify(model, path, batches=[inputs(7)]).onnxruntime
+    assert max(output.mean_steps for output in result.outputs) < 1, str(result)
 
 
 def allowed(name: str) -> set[str]:

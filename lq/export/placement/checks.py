@@ -48,6 +48,10 @@ def check_quantizer(graph: QdqGraph, role: str, quantizer: Quantizer) -> Iterato
         yield Finding(rules.SCALE_NOT_CONSTANT, f"the {role}'s scale is computed by the model")
     if scale is not None and not bool(((scale > 0) & np.isfinite(scale)).all()):
         yield Finding(rules.SCALE_NOT_POSITIVE, f"the {role} has a scale of {scale.min():g}")
+    before = quantizer.before
+    if before is not None and before.grid != quantizer.grid:
+        scales = f"{scale_text(before)} and {scale_text(quantizer)}"
+        yield Finding(rules.PAIR_SCALES, f"the {role} is quantized and dequantized with scales {scales}", blocks=False)
     if zero_point is not None and zero_point.any():
         yield Finding(rules.ZERO_POINT, f"the {role} has the zero point {zero_point.flat[np.flatnonzero(zero_point)[0]]:g}")
 
@@ -57,8 +61,10 @@ def scale_text(quantizer: Quantizer) -> str:
 
 
 def check_types(role: str, first: Quantizer | None, second: Quantizer | None) -> Iterator[Finding]:
-    """That two inputs have one type, of those that TensorRT has at all."""
+    """That two inputs have one type, of those that TensorRT has at all, in codes and in float."""
     if first is None or second is None or not {first.codes, second.codes} <= PRECISIONS.keys():
         return
+    if first.floats is not second.floats:
+        yield Finding(rules.FLOAT_TYPES, f"{role} are {first.floats.name} and {second.floats.name} behind DequantizeLinear")
     if first.codes is not second.codes:
         yield Finding(rules.MIXED_TYPES, f"{role} are {first.codes.name} and {second.codes.name}")

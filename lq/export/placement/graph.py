@@ -46,6 +46,8 @@ class Quantizer:
         scale: float32; ``None`` where it is not a constant that the file has.
         scale_fixed: whether the scale is computed from constants only.
         zero_point: float32; ``None`` where there is none, or no constant.
+        floats: type of the scale, which is that of the tensor before or behind.
+        before: that of the QuantizeLinear that a DequantizeLinear undoes.
         axis: of several scales.
         block_size: values per scale along ``axis``, 0 for all.
     """
@@ -56,6 +58,8 @@ class Quantizer:
     scale: NDArray[np.float32] | None
     scale_fixed: bool
     zero_point: NDArray[np.float32] | None
+    floats: ir.DataType
+    before: "Quantizer | None"
     axis: int
     block_size: int
 
@@ -143,14 +147,26 @@ class QdqGraph:
         assert scale is not None
         zero_point = rest[0] if rest else None
         codes = ir.DataType.UINT8 if zero_point is None else _dtype(zero_point)
+        before = None
         if operator(node) == "QuantizeLinear":
             codes = ir.DataType(int(_attribute(node, "output_dtype", 0))) or codes
         else:
-            before = self._quantize_before(source)
-            codes = _dtype(source) if before is None else self.quantizer(before).codes
-            source = source if before is None else self.quantizer(before).source
-        axis, block_size = int(_attribute(node, "axis", 1)), int(_attribute(node, "block_size", 0))
-        return Quantizer(node, source, codes, _numbers(scale), self.is_fixed(scale), _numbers(zero_point), axis, block_size)
+            quantize = self._quantize_before(source)
+            before = None if quantize is None else self.quantizer(quantize)
+            codes = _dtype(source) if before is None else before.codes
+            source = source if before is None else before.source
+        return Quantizer(
+            node,
+            source,
+            codes,
+            _numbers(scale),
+            self.is_fixed(scale),
+            _numbers(zero_point),
+            _dtype(scale),
+            before,
+            axis=int(_attribute(node, "axis", 1)),
+            block_size=int(_attribute(node, "block_size", 0)),
+        )
 
     def _quantize_before(self, codes: ir.Value) -> ir.Node | None:
         """The QuantizeLinear of codes, also past operators that move them."""
@@ -228,7 +244,12 @@ def load_graph(path: str | Path) -> QdqGraph:
         raise ValueError(f"`onnx_path` is '{path}', which holds no graph with outputs: {remedy}.")
     if model.functions:
         InlinePass()(model)
-    return QdqGraph(model)
+    try:
+        return QdqGraph(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`onnx_path` is '{path}', whose weights lie in another file, which is not there ({error}): keep them together."
+        ) from error
 
 
 def _all_are(nodes: Iterable[ir.Node], op: str) -> bool:

@@ -86,6 +86,12 @@ MIXED_TYPES = Rule(
     "All quantized inputs of a layer have one type: there are no kernels of INT8 with FP8 or INT4.",
     PROCESSING,
 )
+FLOAT_TYPES = Rule(
+    "float-types",
+    "All scales around a layer have one float type: it is that of what DequantizeLinear gives, and a layer takes one type.",
+    "Operators, Dequantize, Data Types",
+    OPERATOR,
+)
 BIAS_QUANTIZED = Rule(
     "bias-quantized",
     "Leave the bias in float: DequantizeLinear takes no INT32, and kernels add the bias to their accumulators.",
@@ -117,6 +123,12 @@ SCALE_NOT_POSITIVE = Rule(
     "Scales are finite and above 0.",
     "C++ API, IDequantizeLayer",
     LAYER,
+)
+PAIR_SCALES = Rule(
+    "pair-scales",
+    "QuantizeLinear and the DequantizeLinear behind it have one scale and zero point: else they multiply the tensor.",
+    "ONNX operators, DequantizeLinear",
+    "https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html",
 )
 ZERO_POINT = Rule(
     "zero-point",

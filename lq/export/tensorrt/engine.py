@@ -2,8 +2,9 @@
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,30 @@ class _OwnStream:
         for tensors, stream in ((inputs, self.stream), (outputs, caller)):
             for tensor in tensors:
                 tensor.record_stream(stream)
+
+    def milliseconds(self, work: Callable[[], None]) -> float:
+        """How long the GPU is busy with what ``work`` enqueues on this stream."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record(self.stream)
+        work()
+        end.record(self.stream)
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An engine whose inputs and outputs are in their places: ``enqueue`` runs it, and does nothing else.
+
+    Attributes:
+        outputs: where the engine writes, in order.
+        enqueue: has the engine run on ``stream``, and returns at once.
+        stream: the engine's own.
+    """
+
+    outputs: tuple[Tensor, ...]
+    enqueue: Callable[[], None]
+    stream: _OwnStream
 
 
 class Engine:
@@ -99,11 +124,15 @@ class Engine:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Outputs, on the GPU, for ``tensors``, which go to the inputs in their order."""
+        return self.run(self.named(*tensors))
+
+    def named(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """Tensors by the names of the inputs that they go to, in their order."""
         if len(tensors) != len(self.inputs):
             raise TypeError(
                 f"{self.path.name} takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), but {len(tensors)} are given."
             )
-        return self.run(dict(zip(self.inputs, tensors, strict=True)))
+        return dict(zip(self.inputs, tensors, strict=True))
 
     def run(self, feed: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Outputs for tensors by the name of the input; they may be on any device, and floating ones in any precision.
@@ -112,20 +141,31 @@ class Engine:
             ValueError: inputs that the engine does not have, or lacks; shapes beyond its profiles.
             TypeError: integers of another type than the engine's.
         """
+        with self.ready(feed) as ready:
+            ready.enqueue()
+        return ready.outputs
+
+    @contextmanager
+    def ready(self, feed: Mapping[str, Tensor]) -> Iterator[Ready]:
+        """Have inputs and outputs in place inside the block, for one run or many; raises what :meth:`run` does."""
         if feed.keys() != set(self.inputs):
-            raise ValueError(f"{self.path.name} takes {', '.join(self.inputs)}, but {', '.join(feed) or 'nothing'} is given.")
-        with self._lock:
-            outputs: list[Tensor] = []
-            with self._stream.between([t for t in feed.values() if t.device == self.device], outputs):
-                inputs = {name: self._prepared(name, tensor) for name, tensor in feed.items()}
-                self._choose_profile(inputs)
-                for name, tensor in inputs.items():
-                    self._set_shape(name, tensor)
-                    self._context.set_tensor_address(name, tensor.data_ptr())
-                outputs += [self._output(name) for name in self.outputs]
-                if not self._context.execute_async_v3(self._stream.handle):
-                    raise RuntimeError(f"{self.path.name} failed: {self._log.told()}")
-            return tuple(outputs)
+            missing = [f"{name!r} is missing" for name in self.inputs if name not in feed]
+            unknown = [f"{name!r} is unknown" for name in feed if name not in self.inputs]
+            told = ", ".join(missing + unknown)
+            raise ValueError(f"{self.path.name} takes {', '.join(self.inputs)}, but of what is given {told}.")
+        outputs: list[Tensor] = []
+        with self._lock, self._stream.between([t for t in feed.values() if t.device == self.device], outputs):
+            inputs = {name: self._prepared(name, tensor) for name, tensor in feed.items()}
+            self._choose_profile(inputs)
+            for name, tensor in inputs.items():
+                self._set_shape(name, tensor)
+                self._context.set_tensor_address(name, tensor.data_ptr())
+            outputs += [self._output(name) for name in self.outputs]
+            yield Ready(tuple(outputs), self._enqueue, self._stream)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise RuntimeError(f"{self.path.name} failed: {self._log.told()}")
 
     def layers(self) -> list[dict[str, Any]]:
         """What the engine's inspector says of each layer: name, type, inputs and outputs with their formats."""
