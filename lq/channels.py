@@ -18,18 +18,19 @@ from lq.nn.input_channels import channel_dim
 
 # What a positive factor on a channel passes through, value by value: f(s x) = s f(x).
 SAME_MODULES: tuple[type[nn.Module], ...] = (
-    *(nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
 )
 SAME_FUNCTIONS = frozenset(
     {
-        *("relu", "relu_", "leaky_relu", "leaky_relu_", "dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous", "clone"),
-        *("to", "type", "type_as", "float", "double", "half", "bfloat16"),
+        *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+        *("contiguous", "clone", "to", "type", "type_as", "float", "double", "half", "bfloat16"),
     }
 )
 # ... and channel by channel, of which they have one along dimension 1 as before.
 POOLING_MODULES: tuple[type[nn.Module], ...] = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Upsample),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
 )
 POOLING_FUNCTIONS = frozenset(
     {f"{kind}{n}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)} | {"interpolate"}
@@ -108,6 +109,15 @@ def _along(numbers: Tensor, layer: nn.Module) -> Tensor | None:
     if not rows.numel() or not bool((rows == rows[:1]).all()):
         return None
     return rows[0].long()
+
+
+def passes(call: Call) -> bool:
+    """Whether a call is one that may let a positive factor on a channel pass.
+
+    >>> passes(Call(nn.ReLU(), (0,), (1,))), passes(Call("gelu", (0,), (1,)))
+    (True, False)
+    """
+    return (_RULES.get(call.target) if isinstance(call.target, str) else _rule_of_module(call.target)) is not None
 
 
 # The values of which a factor passes, and the numbers of what the call returns.

@@ -63,7 +63,7 @@ def find_groups(flow: Flow, layers: Iterable[nn.Module], tied: set[int], exclude
         excluded: modules that must not take in factors.
     """
     # a weight that something else takes too cannot change for one layer alone
-    uses = {module: _uses(flow, module) for module in layers}
+    uses = {module: uses_of(flow, module) for module in layers}
     left = {
         m: torch.ones(input_channels(m), dtype=torch.bool)
         for m, calls in uses.items()
@@ -86,7 +86,7 @@ def find_groups(flow: Flow, layers: Iterable[nn.Module], tied: set[int], exclude
     return groups + _inserted(uses, [m for m, channels in left.items() if bool(channels.all())])
 
 
-def _uses(flow: Flow, layer: nn.Module) -> list[Call]:
+def uses_of(flow: Flow, layer: nn.Module) -> list[Call]:
     """Calls in which a layer's input meets its weight; none if other code takes the weight too."""
     weight = input_weight(layer)
     takers = [call for value, p in flow.parameters.items() if p is weight for call in flow.consumers(value)]

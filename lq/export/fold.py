@@ -10,12 +10,12 @@ from lq.functional.fake_quant import quantize
 from lq.functional.grid import FLOAT_FORMATS, scale_from_amax
 from lq.graph import Flow, trace
 from lq.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, TensorQuantizer
+from lq.nn.batchnorm import BATCH_NORMS, affine_of, fold_into_, has_fixed_statistics, replace_
 
 # Layers whose weight has its output channels first. Transposed convolutions have them second, where a factor per output does
 # not commute with a scale per axis 0: their BatchNorm stays.
 FLOAT_OUTPUTS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 OUTPUTS_FIRST = (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batchnorm_(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[str]:
@@ -42,8 +42,8 @@ def fold_batchnorm_(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mappin
     folded = []
     for name, layer in layers.items():
         norm = flow.only_consumer(layer)
-        if norm is not None and _has_fixed_statistics(norm) and _on_channels(flow, layer) and _fold_(layer, norm):
-            _replace_(model, norm, nn.Identity())
+        if norm is not None and has_fixed_statistics(norm) and _on_channels(flow, layer) and _fold_(layer, norm):
+            replace_(model, norm, nn.Identity())
             folded.append(name)
     return folded
 
@@ -67,10 +67,6 @@ def _quantizer_of(layer: nn.Module) -> TensorQuantizer | None:
     return quantizer if isinstance(quantizer, TensorQuantizer) and quantizer.active else None
 
 
-def _has_fixed_statistics(norm: nn.Module) -> bool:
-    return type(norm) in BATCH_NORMS and norm.running_mean is not None and norm.running_var is not None
-
-
 def _on_channels(flow: Flow, layer: nn.Module) -> bool:
     # BatchNorm works on axis 1: a Linear layer on (batch, time, features) has its channels elsewhere
     assert isinstance(layer.weight, Tensor)
@@ -80,15 +76,14 @@ def _on_channels(flow: Flow, layer: nn.Module) -> bool:
 @torch.no_grad()
 def _fold_(layer: nn.Module, norm: Any) -> bool:
     """Fold, and say whether the codes could stay."""
-    weight, quantizer = layer.weight, _quantizer_of(layer)
-    assert isinstance(weight, Tensor)
-    factor, shift = _affine(norm)
-    column = factor.reshape(-1, *[1] * (weight.dim() - 1))
-    bias = layer.bias
-    new_bias = shift if not isinstance(bias, Tensor) else bias * factor + shift
+    quantizer = _quantizer_of(layer)
     if quantizer is None:
-        _set_(layer, weight * column, new_bias)
+        fold_into_(layer, norm)
         return True
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    factor, shift = affine_of(norm)
+    column = factor.reshape(-1, *[1] * (weight.dim() - 1))
     old_amax, quantized = quantizer.amax, quantizer(weight)
     assert old_amax is not None
     # a channel that gamma silences keeps its amax: all of its codes are 0, whatever the scale
@@ -96,26 +91,12 @@ def _fold_(layer: nn.Module, norm: Any) -> bool:
     new_weight = (quantized * column).float()
     if not _same_codes(quantizer, quantized, new_weight, amax, column.sign().float()):
         return False
-    _set_(layer, new_weight, new_bias)
+    layer.weight = nn.Parameter(new_weight.to(weight.dtype), requires_grad=False)
+    new_bias = shift if not isinstance(bias, Tensor) else bias * factor + shift
+    layer.bias = nn.Parameter(new_bias.to(weight.dtype), requires_grad=False)
     # the factor that came before quantization is in the codes now
     quantizer._amax, quantizer._pre_quant_scale = amax, None
     return True
-
-
-def _set_(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    assert isinstance(layer.weight, Tensor)
-    dtype = layer.weight.dtype
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm in evaluation does, as ``factor * x + shift``, in float64 (one rounding when it is done)."""
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() * factor
-    return factor, shift if norm.bias is None else shift + norm.bias.double()
 
 
 def _same_codes(quantizer: TensorQuantizer, old: Tensor, new: Tensor, new_amax: Tensor, sign: Tensor) -> bool:
@@ -129,11 +110,3 @@ def _same_codes(quantizer: TensorQuantizer, old: Tensor, new: Tensor, new_amax: 
     grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
     before = quantize(old, quantizer.amax, *grid) * sign
     return torch.equal(before, quantize(new, new_amax, *grid))
-
-
-def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in model.modules():
-        # not named_children, which gives a module that has two names in one parent only once
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
