@@ -31,8 +31,11 @@ class Group:
 
     def ranges(self, input_amax: Mapping[nn.Module, Tensor]) -> tuple[Tensor, Tensor]:
         """Largest magnitudes of inputs and of weights for each factor, ``(factors,)``; 0 where there is none."""
-        modules = [module for module, _ in self.layers]
-        return self._gathered([input_amax[m] for m in modules]), self._gathered([input_channel_amax(m) for m in modules])
+        return self._gathered([input_amax[module] for module, _ in self.layers]), self.weight_ranges()
+
+    def weight_ranges(self) -> Tensor:
+        """Largest magnitudes of the weights that meet each factor, ``(factors,)``; 0 where there is none."""
+        return self._gathered([input_channel_amax(module) for module, _ in self.layers])
 
     def _gathered(self, values: Sequence[Tensor]) -> Tensor:
         """The largest of the values that share a factor, ``(factors,)``, of those of each layer."""
