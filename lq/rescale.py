@@ -247,7 +247,7 @@ class RescalingCalibrator:
             mine = spread(factors, index)
             if group.producer is None:
                 _keep_to_itself_(self.model, module)
-            scale_input_channels_(module, mine if group.producer else _insert_(module, mine))
+            scale_input_channels_(module, mine if group.producer else insert_(module, mine))
         divide_(group.parameters, factors)
         if group.producer is not None:
             forget_amax_(group.producer)
@@ -307,7 +307,7 @@ def _keep_to_itself_(model: nn.Module, module: nn.Module) -> None:
         module.input_quantizer = copy.deepcopy(own)
 
 
-def _insert_(module: nn.Module, factors: Tensor) -> Tensor:
+def insert_(module: nn.Module, factors: Tensor) -> Tensor:
     """Divide the module's input by ``factors``, in place; returns, in float64, what the weights have to be multiplied by.
 
     What is inserted is rounded to float32: the weights take exactly its inverse, whatever their own dtype.

@@ -1,6 +1,16 @@
 """Changes to a float model that leave its output as it is, or nearly so, and make it easier to quantize."""
 
 from lq.corrections.equalization import activation_channel_equalization_
+from lq.corrections.input_scaling import input_scaling_
+from lq.corrections.ranges import power_of_two
 from lq.corrections.record import Applied, Corrections
+from lq.corrections.relu_bound import relu_unbound_correction_
 
-__all__ = ["Applied", "Corrections", "activation_channel_equalization_"]
+__all__ = [
+    "Applied",
+    "Corrections",
+    "activation_channel_equalization_",
+    "input_scaling_",
+    "power_of_two",
+    "relu_unbound_correction_",
+]

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lq.channels import passes
 from lq.graph import Call, Flow, trace
@@ -26,12 +27,14 @@ class Places:
         names: of all modules.
         tied: identities of parameters that several modules hold.
         groups: layers that can be rescaled together with what gives their input.
+        inputs: the values that the model was given.
     """
 
     flow: Flow
     names: dict[nn.Module, str]
     tied: set[int]
     groups: list[Group]
+    inputs: set[int]
 
     def layers(self) -> dict[str, nn.Module]:
         """Linear layers, convolutions and attention, by name."""
@@ -45,6 +48,18 @@ class Places:
             if not passes(call):
                 return
             value = call.inputs[0]
+
+    def takers(self) -> list[Call]:
+        """Calls that take the model's input, behind what lets a factor pass."""
+        reached, found = set(self.inputs), []
+        for call in self.flow.calls:
+            if reached.isdisjoint(call.inputs) or not call.outputs:  # what gives no tensor only looks at the input
+                continue
+            if passes(call):
+                reached.update(call.outputs)
+            else:
+                found.append(call)
+        return found
 
     def why_not(self, layer: nn.Module) -> str:
         """Why a layer is rescaled together with nothing before it."""
@@ -91,8 +106,20 @@ def find_places(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = 
     register_known(model)
     example = example_inputs(model, args, kwargs, "A correction has the model run once")
     with without_fast_paths(model):
-        flow = trace(model, *example)
+        flow = trace(fed := _Fed(model), *example)
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     tied = shared_parameters(model)
     groups = find_groups(flow, [m for m in names if is_layer(m)], tied, set())
-    return Places(flow, names, tied, groups)
+    return Places(flow, names, tied, groups, {value for call in flow.calls_of(fed.entry) for value in call.outputs})
+
+
+class _Fed(nn.Module):
+    """A model behind an identity on its inputs, so that a recorded run shows which values they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.entry, self.model = nn.Identity(), model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(lambda leaf: self.entry(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return self.model(*args, **kwargs)
