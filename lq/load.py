@@ -1,6 +1,7 @@
 """A quantized model out of its checkpoint, without a Trainer."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from lq.checkpoint import read_checkpoint
 from lq.descriptor import Rules, resolve_rules
 from lq.nn.convert import to_quantized_
 from lq.nn.fast_paths import leave_fast_paths_
+from lq.nn.input_channels import add_to_bias_, has_input_channels
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.placed import Placement
@@ -96,11 +98,14 @@ def _built(model: M | type[M], path: str | Path, kwargs: dict[str, Any]) -> M:
 
 
 def _place_factors_(module: nn.Module, state: dict[str, Any]) -> None:
-    """Layers that SmoothQuant gave a factor, and the rules no quantizer."""
+    """Layers that SmoothQuant gave a factor, or a correction a shift, and the rules no quantizer; and those that got a bias."""
     for key in state:
-        owner = key.removesuffix(".input_quantizer._pre_quant_scale")
+        owner = re.sub(r"\.input_quantizer\._pre_quant_(scale|shift)$", "", key)
         if owner != key and not isinstance(layer := module.get_submodule(owner), QuantModule):
             to_quantized_(layer)
+    for name, layer in module.named_modules():
+        if f"{name}.bias" in state and has_input_channels(layer) and layer._parameters.get("bias", 0) is None:
+            add_to_bias_(layer, state[f"{name}.bias"])
     leave_fast_paths_(module)
 
 

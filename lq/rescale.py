@@ -29,6 +29,7 @@ from lq.nn.input_channels import (
     inputs_of,
     is_layer,
     scale_input_channels_,
+    why_no_layer,
     without_factors,
 )
 from lq.nn.quant_module import QuantInputMixin, QuantModule
@@ -218,7 +219,7 @@ class RescalingCalibrator:
             if module in self._excluded:
                 reasons[name] = "excluded"
             elif not is_layer(module):
-                reasons[name] = "its weight is computed, or its class unknown"
+                reasons[name] = why_no_layer(module)
             elif module not in self._layers:
                 reasons[name] = "its input stays in float, or has an amax that must not change"
             elif module not in self._input_amax:

@@ -51,7 +51,7 @@ def find_shared(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, s
     groups: dict[tuple[object, QuantDescriptor, object], dict[tuple[QuantModule, str], None]] = defaultdict(dict)
     for value, module, role in sites:
         quantizer = module.quantizers()[role]
-        if not quantizer._disabled and quantizer.pre_quant_scale is None:
+        if not quantizer._disabled and quantizer.pre_quant_scale is None and quantizer.pre_quant_shift is None:
             amax = None if quantizer.amax is None else tuple(quantizer.amax.flatten().tolist())
             groups[tensors.root(value), quantizer.quant_desc, amax][module, role] = None
     return [list(group) for group in groups.values() if len(group) > 1]

@@ -152,8 +152,8 @@ def measuring(
 ) -> Iterator[dict[str, QuantizerStats]]:
     """Measure the quantizers of ``model`` in every forward inside the block.
 
-    What counts is what a quantizer rounds, after ``pre_quant_scale``. Forwards in which a quantizer passes its input through, or
-    has no amax of its own, do not count.
+    What counts is what a quantizer rounds, after ``pre_quant_scale`` and ``pre_quant_shift``. Forwards in which a quantizer
+    passes its input through, or has no amax of its own, do not count.
 
     Args:
         model: a model with quantizers.
@@ -196,9 +196,7 @@ def _hook(stats: QuantizerStats) -> Any:
         scale = quantizer.scale
         if not quantizer.active or scale is None:
             return
-        x: Tensor = args[0].detach()
-        if quantizer.pre_quant_scale is not None:
-            x = x * quantizer.pre_quant_scale.to(x.dtype)
+        x = quantizer.arriving(args[0].detach())
         # without fake quantization the output is codes
         q = output.detach() if quantizer.fake_quant else (quantizer.blocks(output.detach()) * scale).reshape(x.shape)
         stats.update(quantizer, x, q)

@@ -13,7 +13,7 @@ from lq.groups import Group, find_groups, shared_parameters, uses_of
 from lq.nn.elsewhere import register_known
 from lq.nn.example import example_inputs
 from lq.nn.fast_paths import without_fast_paths
-from lq.nn.input_channels import has_input_channels, input_weight, is_layer
+from lq.nn.input_channels import has_input_channels, input_weight, is_layer, why_no_layer
 from lq.producers import producer_of
 from lq.surgery import has_quantized_layers
 
@@ -64,7 +64,7 @@ class Places:
     def why_not(self, layer: nn.Module) -> str:
         """Why a layer is rescaled together with nothing before it."""
         if not is_layer(layer):
-            return "its weight is computed, or its class unknown"
+            return why_no_layer(layer)
         if id(input_weight(layer)) in self.tied:
             return "another module holds its weight too"
         uses = uses_of(self.flow, layer)

@@ -14,11 +14,25 @@ from lq.nn.quant_module import QuantMixin, register
 class _QuantConv(QuantMixin):
     weight: Tensor
     bias: Tensor | None
+    stride: Any
+    dilation: Any
+    kernel_size: Any
+    groups: int
+    padding_mode: Any
     _conv_forward: Any
+    _reversed_padding_repeated_twice: Any
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.input_quantizer.pre_quant_shift is not None and self.padding_mode == "zeros":
+            return self._forward_padded(F.pad(input, self._reversed_padding_repeated_twice))
         y: Tensor = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
         return y
+
+    def _forward_padded(self, input: Tensor) -> Tensor:
+        """Convolve what has its padding already: the zeros are shifted with the rest."""
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        weight = self.weight_quantizer(self.weight)
+        return convolve(self.input_quantizer(input), weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 @register(nn.Conv1d)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from lq.descriptor import QuantDescriptor
-from lq.nn.input_channels import scale_input_channels_
+from lq.nn.input_channels import factor_of, scale_input_channels_, shift_of, take_shift_back_
 from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, QuantModule
 
 
@@ -20,21 +20,32 @@ def float_class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def to_quantized_(module: nn.Module, input: QuantDescriptor | None = None, weight: QuantDescriptor | None = None) -> QuantModule:
-    """Make a float module a quantized one, in place; a SmoothQuant factor on its input stays."""
-    factor = module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
+    """Make a float module a quantized one, in place; a SmoothQuant factor on its input stays.
+
+    So does a shift, behind which the input is unsigned and has the amax that was found with the shift. A float format has its
+    sign anyway: there the bias takes the shift back.
+    """
+    if input is not None and isinstance(input.num_bits, tuple):
+        take_shift_back_(module)
+    factor, shift = factor_of(module), shift_of(module)
+    if input is not None and shift is not None:
+        assert isinstance(module, QuantInputMixin)
+        amax = module.input_quantizer.amax
+        input = input.replace(unsigned=True, amax=input.amax if amax is None else amax.item())
     if not isinstance(module, QuantModule):
         module.__class__ = QUANT_MODULES[type(module)]
     assert isinstance(module, QuantModule)
     module.init_quantizer(input, weight)
     if isinstance(module, QuantInputMixin):
-        module.input_quantizer.pre_quant_scale = factor
+        module.input_quantizer.pre_quant_scale, module.input_quantizer.pre_quant_shift = factor, shift
     return module
 
 
 def to_float_(module: nn.Module) -> nn.Module:
-    """Make a quantized module a float one again, in place; a factor on its input moves into the weight."""
+    """Make a quantized module a float one again, in place; a factor on its input moves into the weight, a shift into the bias."""
     assert isinstance(module, QuantModule)
-    if isinstance(module, QuantInputMixin) and (factor := module.input_quantizer.pre_quant_scale) is not None:
+    take_shift_back_(module)
+    if (factor := factor_of(module)) is not None:
         scale_input_channels_(module, factor.flatten())
     if type(module) in QUANT_MODULES:  # an operation has no float class
         module.init_quantizer()

@@ -27,7 +27,7 @@ def describe(quantizer: "TensorQuantizer") -> str:
         *([] if desc.block_size is None else [f"block_size={desc.block_size}"]),
         f"amax={amax}" + ("" if desc.scale_amax is None else f"*{desc.scale_amax}"),
         *["learned"] * (quantizer.clip is not None),
-        *["pre_quant_scale"] * (quantizer.pre_quant_scale is not None),
+        *(name for name in ("pre_quant_scale", "pre_quant_shift") if getattr(quantizer, name) is not None),
         f"calibrator={type(calibrator).__name__}({calibrator.extra_repr()})",
     ]
     switches = {

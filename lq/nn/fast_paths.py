@@ -18,7 +18,7 @@ FAST_PATHS = (
 def leave_fast_paths_(model: nn.Module) -> None:
     """Have layers called whose quantizers do anything, in place."""
     for module in list(model.modules()):
-        if not any(not m._disabled or m.pre_quant_scale is not None for m in module.modules() if isinstance(m, TensorQuantizer)):
+        if all(m._disabled and m.idle for m in module.modules() if isinstance(m, TensorQuantizer)):
             continue
         if type(module) is nn.MultiheadAttention:
             to_quantized_(module)

@@ -32,10 +32,16 @@ def is_layer(module: nn.Module) -> bool:
     """Whether a module has input channels, and holds the weights that meet them.
 
     Not with a weight that is computed (pruning, weight_norm): a factor on it would be gone with the next forward. Nor attention
-    whose keys and values have another width than its queries: it has a weight for each.
+    whose keys and values have another width than its queries: it has a weight for each. Nor with an input that is shifted: where
+    a channel is multiplied, the shift would have to be too.
     """
     known = issubclass(_kind(module), QuantInputMixin) and has_input_channels(module)
-    return known and module._parameters.get(_kind(module).input_weight) is not None
+    return known and shift_of(module) is None and module._parameters.get(_kind(module).input_weight) is not None
+
+
+def why_no_layer(module: nn.Module) -> str:
+    """Why a module with input channels is not what :func:`is_layer` means."""
+    return "its weight is computed, or its class unknown" if shift_of(module) is None else "its input is shifted"
 
 
 def input_weight_name(module: nn.Module) -> str:
@@ -105,6 +111,45 @@ def scale_input_channels_(module: nn.Module, factors: Tensor, weight: Tensor | N
 def factor_of(module: nn.Module) -> Tensor | None:
     """What a layer multiplies its input by, broadcastable to it; ``None`` for nothing."""
     return module.input_quantizer.pre_quant_scale if isinstance(module, QuantInputMixin) else None
+
+
+def shift_of(module: nn.Module) -> Tensor | None:
+    """What a layer adds to its input, after the factor; ``None`` for nothing."""
+    return module.input_quantizer.pre_quant_shift if isinstance(module, QuantInputMixin) else None
+
+
+@torch.no_grad()
+def add_to_bias_(module: nn.Module, values: Tensor) -> None:
+    """Add to the bias of a linear layer or convolution, ``(outputs,)``, in place; a layer without one gets one.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> add_to_bias_(layer, torch.tensor([0.5]))
+    >>> layer.bias.data
+    tensor([0.5000])
+    """
+    weight, bias = input_weight(module), module._parameters["bias"]
+    if bias is None:
+        module.bias = nn.Parameter(values.to(weight), requires_grad=weight.requires_grad)
+    else:
+        bias.copy_(bias.double() + values.to(bias.device))
+
+
+def take_shift_back_(module: nn.Module) -> None:
+    """Have a layer's bias do what the shift of its input does, in place: ``b + W s``, summed over input channels and kernel."""
+    shift = shift_of(module)
+    if shift is not None:
+        add_to_bias_(module, shift.double() * summed_weight(module))
+        assert isinstance(module, QuantInputMixin)
+        module.input_quantizer.pre_quant_shift = None
+
+
+def summed_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """What meets the input of each output of a layer, summed: float64 ``(outputs,)``; of its weight, or another in its place.
+
+    >>> summed_weight(nn.Conv2d(2, 1, 3, bias=False), torch.ones(1, 2, 3, 3))
+    tensor([18.], dtype=torch.float64)
+    """
+    return input_channel_view(module, weight).double().sum(dim=(2, 3)).flatten()
 
 
 @contextmanager

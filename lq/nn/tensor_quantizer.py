@@ -16,9 +16,10 @@ from lq.functional.grid import scale_from_amax
 from lq.nn.clip import Clip
 from lq.nn.describe import describe
 from lq.nn.described import Described
+from lq.nn.pre_quant import PreQuant
 from lq.nn.switches import Switches
 
-BUFFERS = ("_amax", "_pre_quant_scale")
+BUFFERS = ("_amax", "_pre_quant_scale", "_pre_quant_shift")
 # Fields of a descriptor that decide which statistics are collected.
 STATISTICS = ("axis", "block_size", "calib_method", "num_bins")
 
@@ -35,11 +36,11 @@ def _kept_axis(desc: QuantDescriptor) -> Axis:
     return desc.axis if desc.block_size is None else block_axis(desc.axis)
 
 
-class TensorQuantizer(Switches, Described, nn.Module):
+class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
     """Quantizes a tensor as its descriptor says; collects statistics while calibration is enabled.
 
-    ``amax`` and ``pre_quant_scale`` are buffers that stay float32 on every cast of the module, are ``None`` until set, and
-    are created on loading a state dict with the shape they have there.
+    ``amax``, ``pre_quant_scale`` and ``pre_quant_shift`` are buffers that stay float32 on every cast of the module, are ``None``
+    until set, and are created on loading a state dict with the shape they have there.
 
     Args:
         quant_desc: what to do.
@@ -62,7 +63,6 @@ class TensorQuantizer(Switches, Described, nn.Module):
     """
 
     _amax: Tensor | None
-    _pre_quant_scale: Tensor | None
     calibrator: Calibrator
     clip: Clip | None
     # stands for fake quantization while lq.export.enable_onnx_export is at work: given the inputs and their amax
@@ -189,15 +189,6 @@ class TensorQuantizer(Switches, Described, nn.Module):
             self.clip.requires_grad_(not value)
 
     @property
-    def pre_quant_scale(self) -> Tensor | None:
-        """Factor on the input before quantization, broadcastable to it: SmoothQuant's, where it could not be folded."""
-        return self._pre_quant_scale
-
-    @pre_quant_scale.setter
-    def pre_quant_scale(self, value: Tensor | None) -> None:
-        self._pre_quant_scale = None if value is None else value.detach().to(self.calibrator.device, torch.float32)
-
-    @property
     def scale(self) -> Tensor | None:
         """``clipping / qmax``: real units per step; ``None`` while there is no amax."""
         clipping = self.clipping
@@ -233,7 +224,8 @@ class TensorQuantizer(Switches, Described, nn.Module):
     def idle(self) -> bool:
         """Whether the next forward would return its input and look at nothing."""
         works = self.active or self._if_calib or (self._if_clip and self.clip is not None)
-        return self._pre_quant_scale is None and (self._disabled or not works)
+        untouched = self._pre_quant_scale is None and self._pre_quant_shift is None
+        return untouched and (self._disabled or not works)
 
     @property
     def fixed(self) -> bool:
@@ -267,11 +259,10 @@ class TensorQuantizer(Switches, Described, nn.Module):
         Raises:
             ValueError: amax does not fit the shape of ``inputs``, or ``block_size`` does not divide its last dimension.
             TypeError: negative ``inputs`` to an ``unsigned`` quantizer. The first batch after amax was set is looked at; later
-                ones are not, since that would make a GPU wait, and have negative values clipped to 0.
+                ones are not, since that would make a GPU wait, and have negative values clipped to 0. Nor are those behind a
+                ``pre_quant_shift``, which are clipped too.
         """
-        # the weights behind carry the inverse of this factor, so it applies even to a disabled quantizer
-        if self._pre_quant_scale is not None:
-            inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
+        inputs = self.arriving(inputs)
         if self._disabled:
             return inputs
         if self.quant_desc.block_size is None:
@@ -289,7 +280,8 @@ class TensorQuantizer(Switches, Described, nn.Module):
 
     def _process(self, inputs: Tensor) -> Tensor:
         if self._if_calib:
-            self.calibrator.collect(inputs)
+            # negative values are clipped behind a shift, and not refused
+            self.calibrator.collect(inputs if self._pre_quant_shift is None else inputs.clamp_min(0))
         quantizes = self.active
         if not self._fits and (quantizes or self._if_clip):
             self._fit(inputs)
@@ -317,7 +309,7 @@ class TensorQuantizer(Switches, Described, nn.Module):
         if not inputs.is_floating_point():
             raise TypeError(f"`inputs` are {inputs.dtype}: only floating tensors are quantized.")
         looking = not torch.compiler.is_compiling()
-        if self.unsigned and looking:
+        if self.unsigned and looking and self._pre_quant_shift is None:
             check_not_negative(inputs)
         if not self._has_amax:
             return
@@ -347,6 +339,8 @@ class TensorQuantizer(Switches, Described, nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (shift := state_dict.get(f"{prefix}_pre_quant_shift")) is not None:
+            self.pre_quant_shift = shift  # unsigned from here on
         ranges = (f"{prefix}_amax", f"{prefix}clip.")
         if self.quant_desc.amax is not None and not any(key.startswith(ranges) for key in state_dict):
             # given, so a float checkpoint need not have it
