@@ -5,6 +5,7 @@ from lq.corrections.input_scaling import input_scaling_
 from lq.corrections.ranges import power_of_two
 from lq.corrections.record import Applied, Corrections
 from lq.corrections.relu_bound import relu_unbound_correction_
+from lq.corrections.shift_negative import shift_negative_activation_correction_
 
 __all__ = [
     "Applied",
@@ -13,4 +14,5 @@ __all__ = [
     "input_scaling_",
     "power_of_two",
     "relu_unbound_correction_",
+    "shift_negative_activation_correction_",
 ]

@@ -1,14 +1,14 @@
 """The ranges of layers' inputs, and where a correction brings them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from lq.calib import HistogramCalibrator, failing_together, sync_calibrators
+from lq.calib import Calibrator, HistogramCalibrator, failing_together, sync_calibrators
 from lq.calibration import check_options
 from lq.descriptor import QuantDescriptor
 from lq.nn.evaluating import evaluating
@@ -82,6 +82,17 @@ def input_ranges(
     """
     desc = desc or QuantDescriptor()
     calibrators = {m: HistogramCalibrator(desc.num_bits, None, desc.unsigned, desc.num_bins) for m in layers}
+    observe(model, calibrators, batches)
+    amaxs = {module: calibrator.compute_amax(method, **options) for module, calibrator in calibrators.items()}
+    return {module: 0.0 if amax is None else amax.item() for module, amax in amaxs.items()}
+
+
+def observe(model: nn.Module, calibrators: Mapping[nn.Module, Calibrator], batches: Iterable[Any]) -> None:
+    """Show calibrators what meets the weights of layers, in float, over all batches and ranks.
+
+    Raises:
+        ValueError: NaN or Inf in an input.
+    """
 
     def collect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         factor = factor_of(module)
@@ -97,8 +108,6 @@ def input_ranges(
             model(*on_device_of(model, as_args(batch)))
     broken = any(c.collected and not c.finite for c in calibrators.values())
     sync_calibrators([*calibrators.values()], "NaN or Inf in an input: look for bad samples." if broken else None)
-    amaxs = {module: calibrator.compute_amax(method, **options) for module, calibrator in calibrators.items()}
-    return {module: 0.0 if amax is None else amax.item() for module, amax in amaxs.items()}
 
 
 def check_method(method: str, options: dict[str, Any]) -> None:
