@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from lq.export.recentre import move_of
 from lq.functional.grid import Bits, integer_bounds
 from lq.nn import QuantModule, TensorQuantizer
 from lq.surgery import named_quantizers
@@ -43,7 +44,9 @@ def check_exportable(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
     if meta := [name for name, x in chain(model.named_parameters(), model.named_buffers()) if x.is_meta]:
         raise ValueError(f"`{meta[0]}` ({len(meta)} in all) is on `meta` and has no values: load the weights first.")
     modules = [m for m in model.modules() if isinstance(m, QuantModule)]
-    check_quantizers(model, formats=[E4M3], blocks=[m.quantizers()[role] for m in modules for role in m.weights()])
+    weights = [m.quantizers()[role] for m in modules for role in m.weights()]
+    moved = [quantizer for _, quantizer in named_quantizers(model) if move_of(quantizer)]
+    check_quantizers(model, formats=[E4M3], blocks=weights, moved=moved)
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype not in (torch.float32, dtype):
             raise ValueError(
@@ -78,22 +81,27 @@ def checked_opset(model: nn.Module, dtype: torch.dtype, asked: int | None) -> in
     return asked
 
 
-def check_quantizers(model: nn.Module, formats: Container[Bits] = (), blocks: Container[TensorQuantizer] = ()) -> None:
+def check_quantizers(
+    model: nn.Module,
+    formats: Container[Bits] = (),
+    blocks: Container[TensorQuantizer] = (),
+    moved: Container[TensorQuantizer] = (),
+) -> None:
     """Raise ``ValueError`` for quantizers that Q/DQ in int8, or in one of the float ``formats``, cannot express.
 
-    Only quantizers in ``blocks`` may have a ``block_size``.
+    Only quantizers in ``blocks`` may have a ``block_size``. Codes of those in ``moved`` will be int8's.
     """
     quantizers = dict(named_quantizers(model))
     problems: dict[str, list[str]] = {}
     for name, quantizer in quantizers.items():
-        if problem := _problem(quantizer, formats, quantizer in blocks):
+        if problem := _problem(quantizer, formats, quantizer in blocks, quantizer in moved):
             problems.setdefault(problem, []).append(name)
     for problem, names in problems.items():
         shown = ", ".join(f"`{name}`" for name in names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(f"{shown} ({len(names)} of {len(quantizers)} quantizers) have {problem}")
 
 
-def _problem(quantizer: TensorQuantizer, formats: Container[Bits], in_blocks: bool) -> str | None:
+def _problem(quantizer: TensorQuantizer, formats: Container[Bits], in_blocks: bool, moved: bool) -> str | None:
     desc = quantizer.quant_desc
     if quantizer._if_calib:
         return "calibration enabled: leave `lq.calibrating`, or call `disable_calib()`."
@@ -105,7 +113,7 @@ def _problem(quantizer: TensorQuantizer, formats: Container[Bits], in_blocks: bo
         return "`fake_quant=False`: they return integer codes, and export needs `fake_quant=True`."
     if isinstance(desc.num_bits, tuple) and desc.num_bits not in formats:
         return f"`num_bits={desc.num_bits}`, a float format that is not exported here."
-    if isinstance(desc.num_bits, int) and not fits_int8(desc.num_bits, desc.unsigned):
+    if isinstance(desc.num_bits, int) and not moved and not fits_int8(desc.num_bits, desc.unsigned):
         kind, most = ("unsigned", 7) if desc.unsigned else ("signed", 8)
         return f"`num_bits={desc.num_bits}`, {kind}: codes must fit into int8, so use at most {most} bits."
     if desc.block_size is not None:

@@ -17,6 +17,7 @@ from lq.export._staged import staged
 from lq.export.check import check_exportable, checked_opset
 from lq.export.fold import fold_batchnorm_
 from lq.export.inputs import batch_shapes, checked_inputs, name_caught_
+from lq.export.recentre import recentre_
 from lq.export.scales import fix_learned_scales_, raise_dead_scales_, round_weights_
 from lq.nn.example import on_device_of
 
@@ -52,7 +53,8 @@ def to_onnx(
     The file computes what the fake-quantized model does. Zero points are 0 and scales are ``amax / qmax``, per tensor or along
     one axis (Jacob et al., 2018, arXiv:1712.05877, eq. 1; ONNX operators QuantizeLinear, DequantizeLinear). Integers are int8,
     as TensorRT wants them: inputs with fewer bits, with ``narrow_range``, or unsigned (up to 7 bits) are clipped to their range
-    first. Weights in blocks of 4 bits are int4, with a scale for each block. ``num_bits=(4, 3)`` is FLOAT8E4M3FN. Scales that
+    first. Inputs of 8 bits that are shifted (``pre_quant_shift``) are shifted by 128 codes less (:mod:`lq.export.recentre`).
+    Weights in blocks of 4 bits are int4, with a scale for each block. ``num_bits=(4, 3)`` is FLOAT8E4M3FN. Scales that
     are learned become constants. A BatchNorm that alone consumes a quantized convolution or linear layer is folded into it and
     changes no code; one behind a transposed convolution stays. Channels whose weights are dead beside their bias get a larger
     scale (:func:`lq.export.scales.raise_dead_scales_`). What a disabled quantizer meets stays float, as does a model without
@@ -81,7 +83,7 @@ def to_onnx(
         TypeError: ``model`` is no module; ``args`` is ``None``, or does not fit ``forward``.
         FileNotFoundError, IsADirectoryError, PermissionError: ``path`` cannot be written, found out before the export.
         ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics,
-            ``fake_quant=False``, more than 8 bits (7 if unsigned), E5M2, several axes, not float32; or an unknown
+            ``fake_quant=False``, more than 8 bits (7 if unsigned, unless shifted), E5M2, several axes, not float32; or an unknown
             ``dynamic_shapes``, ``precision`` or ``target``, or an ``opset`` that lacks what the model needs.
     """
     require("onnx", "onnxscript", "onnx_ir")
@@ -150,8 +152,9 @@ def _export(
             # scales and codes are found in float32
             model.float()
         fold_batchnorm_(model, *_in_precision(torch.float32, (args, kwargs)))
-        raise_dead_scales_(model)
         fix_learned_scales_(model)
+        recentre_(model)
+        raise_dead_scales_(model)
         if dtype != torch.float32:
             round_weights_(model)
             model.to(dtype)

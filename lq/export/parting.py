@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from lq.export.recentre import move_of
 from lq.export.runtime import OnnxModel
 from lq.nn import QuantModule, TensorQuantizer
 
@@ -55,7 +56,7 @@ def recording(model: nn.Module) -> Iterator[Calls]:
     def seen(quantizer: nn.Module, args: object, output: Tensor) -> None:
         assert isinstance(quantizer, TensorQuantizer)
         if quantizer.active and quantizer.scale is not None:
-            calls.append((quantizer, (output.detach() / quantizer.scale).float().cpu()))
+            calls.append((quantizer, (output.detach() / quantizer.scale).float().cpu() - move_of(quantizer)))
 
     found = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m not in weights]
     handles = [quantizer.register_forward_hook(seen) for quantizer in found]

@@ -149,6 +149,7 @@ def summed_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     >>> summed_weight(nn.Conv2d(2, 1, 3, bias=False), torch.ones(1, 2, 3, 3))
     tensor([18.], dtype=torch.float64)
     """
+    weight = None if weight is None else weight.contiguous()
     return input_channel_view(module, weight).double().sum(dim=(2, 3)).flatten()
 
 
