@@ -1,5 +1,6 @@
-"""Changes to a float model that leave its output as it is, or nearly so, and make it easier to quantize."""
+"""Changes to a model that leave its float output as it is, and make it easier to quantize; or make up for what was lost by it."""
 
+from lq.corrections.bias import weights_bias_correction_
 from lq.corrections.equalization import activation_channel_equalization_
 from lq.corrections.input_scaling import input_scaling_
 from lq.corrections.ranges import power_of_two
@@ -15,4 +16,5 @@ __all__ = [
     "power_of_two",
     "relu_unbound_correction_",
     "shift_negative_activation_correction_",
+    "weights_bias_correction_",
 ]

@@ -127,7 +127,7 @@ def add_to_bias_(module: nn.Module, values: Tensor) -> None:
     >>> layer.bias.data
     tensor([0.5000])
     """
-    weight, bias = input_weight(module), module._parameters["bias"]
+    weight, bias = getattr(module, input_weight_name(module)), module._parameters["bias"]
     if bias is None:
         module.bias = nn.Parameter(values.to(weight), requires_grad=weight.requires_grad)
     else:
