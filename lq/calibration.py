@@ -1,25 +1,21 @@
 """Calibrate a whole model: statistics from its forwards, one synchronisation over ranks, amax."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lq.calib import Calibrator, HeldOutCalibrator, HistogramCalibrator, compute_amaxs, failing_together, sync_calibrators
-from lq.functional.choose import AUTO, check_choice
-from lq.functional.threshold import OPTIONS, Search
+from lq.functional.choose import AUTO
+from lq.methods import Choice, Method, check_options, choices_by_name
 from lq.nn.evaluating import evaluating
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.surgery import named_quantizers, unquantized
 
 M = TypeVar("M", bound=nn.Module)
-
-# A method for all quantizers, or for those whose short names match a pattern; the last match wins.
-Method = str | Mapping[str, str]
 
 # Quantizers by name, those of weights with the weight they belong to.
 Roles = dict[str, tuple[TensorQuantizer, Tensor | None]]
@@ -37,8 +33,9 @@ def calibrating(model: M, method: Method = "max", **options: Any) -> Iterator[M]
         method: ``max``, ``percentile``, ``mse``, ``mae``, ``lp``, ``kl``, ``entropy``, or ``auto``: for each quantizer the one of
             them with the least squared error on batches that amax was not computed from (``quantizer.calibrator.method`` says
             which). Or a mapping from patterns on the short names of quantizers (``{"*": "mse", "head.*": "max"}``), of which the
-            last match wins. Any but ``max`` collects histograms of inputs; weights follow the ``calib_method`` of their
-            descriptor, and are all there to measure on.
+            last match wins, and whose values may have options of their own (``{"*.weight": {"method": "lp", "p": 3}}``). Any but
+            ``max`` collects histograms of inputs; weights follow the ``calib_method`` of their descriptor, and are all there to
+            measure on.
         options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``z_threshold``, ``power_of_two`` ...
 
     Raises:
@@ -88,13 +85,13 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
             f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
             "through the model, or leave layers that it never calls out with a rule without descriptors."
         )
-    methods = methods_by_name(roles, method)
+    choices = choices_by_name(roles, method, options)
     for name, (quantizer, weight) in roles.items():
-        if weight is None and not suits(quantizer.calibrator, methods[name]):
-            missing = "batches held out" if methods[name] == AUTO else "histogram"
-            raise ValueError(f"`{name}` has no {missing} for method {methods[name]!r}: calibrate with that method.")
+        if weight is None and not suits(quantizer.calibrator, wanted := choices[name].method):
+            missing = "batches held out" if wanted == AUTO else "histogram"
+            raise ValueError(f"`{name}` has no {missing} for method {wanted!r}: calibrate with that method.")
     calibrators = {name: quantizer.calibrator for name, (quantizer, _) in roles.items() if name not in unseen}
-    for name, amax in amaxs_by_name(calibrators, methods, options).items():
+    for name, amax in amaxs_by_name(calibrators, choices).items():
         quantizer = roles[name][0]
         if momentum and quantizer.amax is not None:
             amax = torch.lerp(amax, quantizer.amax.to(amax.device), momentum)
@@ -102,36 +99,14 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
     return model
 
 
-def amaxs_by_name(calibrators: dict[str, Calibrator], methods: dict[str, str], options: dict[str, Any]) -> dict[str, Tensor]:
-    """Amax of calibrators: all histograms of one method together, and the largest magnitude where there is no histogram."""
+def amaxs_by_name(calibrators: dict[str, Calibrator], choices: dict[str, Choice]) -> dict[str, Tensor]:
+    """Amax of calibrators: all histograms of one choice together, and the largest magnitude where there is no histogram."""
     amaxs: dict[str, Tensor] = {}
-    for method in sorted(set(methods.values())):
-        stack = {n: c for n, c in calibrators.items() if methods[n] == method and isinstance(c, HistogramCalibrator)}
-        amaxs |= zip(stack, compute_amaxs(list(stack.values()), method, **options), strict=True)
+    for choice in dict.fromkeys(choices.values()):
+        stack = {n: c for n, c in calibrators.items() if choices[n] == choice and isinstance(c, HistogramCalibrator)}
+        amaxs |= zip(stack, compute_amaxs(list(stack.values()), choice.method, **dict(choice.options)), strict=True)
     largest = {name: calibrator.compute_amax() for name, calibrator in calibrators.items() if name not in amaxs}
     return amaxs | {name: amax for name, amax in largest.items() if amax is not None}
-
-
-def methods_by_name(names: Iterable[str], method: Method) -> dict[str, str]:
-    """The method of each quantizer.
-
-    Raises:
-        ValueError: a pattern matches nothing, or no pattern a quantizer.
-
-    >>> methods_by_name(["stem.input", "head.input"], {"*": "mse", "head.*": "max"})
-    {'stem.input': 'mse', 'head.input': 'max'}
-    """
-    if isinstance(method, str):
-        return dict.fromkeys(names, method)
-    chosen: dict[str, str] = {}
-    for pattern, value in method.items():
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            raise ValueError(f"`method` has the pattern {pattern!r}, which matches no quantizer: known are {', '.join(names)}.")
-        chosen |= dict.fromkeys(matches, value)
-    if left := [name for name in names if name not in chosen]:
-        raise ValueError(f"`method` says nothing about `{left[0]}` ({len(left)} quantizers): begin it with a pattern '*'.")
-    return chosen
 
 
 def _needed(method: str) -> type[HistogramCalibrator]:
@@ -150,10 +125,10 @@ def suits(calibrator: Calibrator, method: str) -> bool:
 def observe_(model: M, method: Method = "max", *, keep: bool = False) -> M:
     """Collect statistics of every input from now on, in place; quantizers go on doing what they do. ``keep`` those at hand."""
     roles = _roles(model)
-    methods = methods_by_name(roles, method)
+    choices = choices_by_name(roles, method, {})
     for name, (quantizer, weight) in roles.items():
         if not keep:
-            _prepare(quantizer, "max" if weight is not None else methods[name])
+            _prepare(quantizer, "max" if weight is not None else choices[name].method)
         quantizer._if_calib = weight is None
     return model
 
@@ -209,14 +184,3 @@ def _sync(roles: Roles, error: str | None = None) -> None:
             f"{len(roles)} quantizers): give it `unsigned=False`."
         )
     sync_calibrators([q.calibrator for q, weight in roles.values() if weight is None], error)
-
-
-def check_options(method: Method, options: dict[str, Any], batches: int = 2) -> None:
-    """Raise ``ValueError`` for a method or an option that does not exist, is out of range, or needs more than ``batches``."""
-    for name in [method] if isinstance(method, str) else method.values():
-        check_choice(name)
-        if name == AUTO and batches < 2:
-            raise ValueError(f"`method` 'auto' holds batches out to measure on: it needs at least 2, not {batches}.")
-    if unknown := sorted(set(options) - set(OPTIONS)):
-        raise ValueError(f"Unknown calibration option {', '.join(map(repr, unknown))}: choose among {', '.join(OPTIONS)}.")
-    Search(**options)

@@ -338,6 +338,14 @@ def test_each_quantizer_may_have_its_own_method():
     assert torch.equal(model[5].weight_quantizer.amax, compute_amax(model[5].weight, 0))
 
 
+def test_a_method_may_have_options_of_its_own():
+    data, methods = batches(), {"*": {"method": "percentile", "percentile": 60.0}, "5.input": "percentile"}
+    model = calibrated(quantize_(network()), data, methods, percentile=90.0)
+    for name, share in (("0.input", 60.0), ("5.input", 90.0)):
+        alone = calibrated(quantize_(network_of(model)), data, "percentile", percentile=share)
+        assert torch.equal(amaxs(model)[name], amaxs(alone)[name])
+
+
 def network_of(model):
     layers = network()
     state = {k: v for k, v in model.state_dict().items() if "quantizer" not in k}
@@ -359,6 +367,10 @@ def test_another_mapping_needs_no_data():
         ({"*": "mse", "head.*": "max"}, r"'head\.\*', which matches no quantizer: known are 0.input"),
         ({"0.*": "mse"}, r"says nothing about `5.input` \(2 quantizers\)"),
         ({"*": "median"}, "`method` is 'median'"),
+        ({"*": {"method": "median"}}, "`method` is 'median'"),
+        ({"*": {"p": 3}}, "`method` has {'p': 3}, without a method"),
+        ({"*": {"method": "lp", "power": 3}}, "Unknown calibration option 'power'"),
+        ({"*": {"method": "lp", "p": 0}}, "`p` is 0: it must be above 0"),
     ],
 )
 def test_a_mapping_that_does_not_fit_is_refused(method, message):

@@ -8,9 +8,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lq.calib import gather
-from lq.calibration import Method, check_options, load_calib_amax_, merge_statistics_, observe_, stop_observing_
+from lq.calibration import load_calib_amax_, merge_statistics_, observe_, stop_observing_
 from lq.callbacks.building import refuse_swa
 from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
+from lq.methods import Method, check_options
 from lq.nn import TensorQuantizer
 from lq.schedule import Length, is_observing, is_refresh, to_steps
 from lq.surgery import freeze_, named_quantizers

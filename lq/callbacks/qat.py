@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from lq.alpha import Alpha
-from lq.calibration import Method
 from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
@@ -16,6 +15,7 @@ from lq.callbacks.quantize import Quantize
 from lq.callbacks.resume import ExactResume
 from lq.callbacks.schedule import QATSchedule
 from lq.descriptor import Rules
+from lq.methods import Method
 
 
 class QuantizationAwareTraining(Callback):

@@ -16,13 +16,14 @@ from lq.alpha import Alpha, check_alpha
 from lq.analysis.records import Histogram, histograms
 from lq.calib import failing_together, save_statistics
 from lq.calib.statistics import require_safetensors
-from lq.calibration import Method, calibrating, check_options
+from lq.calibration import calibrating
 from lq.callbacks.best import Best, monitored
 from lq.callbacks.building import averages, averaging_later, build, check_strategy
 from lq.callbacks.feeding import example_of, feed, train_batches, untouched_data
 from lq.callbacks.stages import validate_stage
 from lq.descriptor import Rules, resolve_rules
 from lq.load import PLACEMENT, RULES, to_plain
+from lq.methods import Method, check_options
 from lq.placed import placement_of
 from lq.placement import check_target
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator

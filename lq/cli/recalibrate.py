@@ -11,9 +11,10 @@ from torch import Tensor
 from lq.analysis.calibration import calibrator_row
 from lq.analysis.tables import Table, layer_table
 from lq.calib import Calibrator, read_statistics
-from lq.calibration import amaxs_by_name, check_options, methods_by_name, suits
+from lq.calibration import amaxs_by_name, suits
 from lq.checkpoint import read_checkpoint
 from lq.cli.outputs import prepare_folder
+from lq.methods import check_options, choices_by_name
 
 
 def recalibrate(cfg: DictConfig) -> None:
@@ -26,10 +27,10 @@ def recalibrate(cfg: DictConfig) -> None:
     checkpoint = read_checkpoint(path)
     folder = prepare_folder(cfg)
 
-    methods = methods_by_name(calibrators, method)
-    if not any(suits(calibrator, methods[name]) for name, calibrator in calibrators.items()):
+    choices = choices_by_name(calibrators, method, options)
+    if not any(suits(calibrator, choices[name].method) for name, calibrator in calibrators.items()):
         raise ValueError(f"{cfg.stats} has no statistics for `calib.method` {method}: calibrate a run with it.")
-    amaxs = amaxs_by_name(calibrators, methods, options)
+    amaxs = amaxs_by_name(calibrators, choices)
     replace_amaxs(checkpoint.get("state_dict", checkpoint), amaxs, path)
     table = summary(calibrators, amaxs)
     (folder / "calibration.md").write_text(table.markdown() + "\n", encoding="utf-8")

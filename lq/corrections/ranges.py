@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lq.calib import Calibrator, HistogramCalibrator, failing_together, sync_calibrators
-from lq.calibration import check_options
 from lq.descriptor import QuantDescriptor
+from lq.methods import check_options
 from lq.nn.evaluating import evaluating
 from lq.nn.example import as_args, on_device_of
 from lq.nn.fast_paths import without_fast_paths

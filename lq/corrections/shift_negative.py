@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from lq.calib import AffineCalibrator
-from lq.calibration import check_options
 from lq.corrections.ranges import observe, peeked
 from lq.corrections.record import Applied, Corrections
 from lq.descriptor import QuantDescriptor
 from lq.functional.grid import largest_code
 from lq.groups import shared_parameters
+from lq.methods import check_options
 from lq.nn.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from lq.nn.convert import to_quantized_
 from lq.nn.elsewhere import QuantTransposedLinear, register_known
