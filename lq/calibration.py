@@ -1,13 +1,22 @@
 """Calibrate a whole model: statistics from its forwards, one synchronisation over ranks, amax."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lq.calib import Calibrator, HeldOutCalibrator, HistogramCalibrator, compute_amaxs, failing_together, sync_calibrators
+from lq.calib import (
+    AffineCalibrator,
+    Calibrator,
+    HeldOutCalibrator,
+    HistogramCalibrator,
+    compute_amaxs,
+    failing_together,
+    sync_calibrators,
+)
+from lq.functional.affine_range import METHODS as AFFINE_METHODS
 from lq.functional.choose import AUTO
 from lq.methods import Choice, Method, check_options, choices_by_name
 from lq.nn.evaluating import evaluating
@@ -86,6 +95,7 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
             "through the model, or leave layers that it never calls out with a rule without descriptors."
         )
     choices = choices_by_name(roles, method, options)
+    check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
     for name, (quantizer, weight) in roles.items():
         if weight is None and not suits(quantizer.calibrator, wanted := choices[name].method):
             missing = "batches held out" if wanted == AUTO else "histogram"
@@ -93,10 +103,16 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
     calibrators = {name: quantizer.calibrator for name, (quantizer, _) in roles.items() if name not in unseen}
     for name, amax in amaxs_by_name(calibrators, choices).items():
         quantizer = roles[name][0]
-        if momentum and quantizer.amax is not None:
-            amax = torch.lerp(amax, quantizer.amax.to(amax.device), momentum)
-        quantizer.amax = amax
+        quantizer.amax = _between(amax, quantizer.amax, momentum)
+    for name, ends in ranges_by_name(calibrators, choices).items():
+        quantizer = roles[name][0]
+        low, high = (_between(*pair, momentum) for pair in zip(ends, quantizer.range or (None, None), strict=True))
+        quantizer.range = low, high
     return model
+
+
+def _between(new: Tensor, present: Tensor | None, momentum: float) -> Tensor:
+    return new if present is None or not momentum else torch.lerp(new, present.to(new.device), momentum)
 
 
 def amaxs_by_name(calibrators: dict[str, Calibrator], choices: dict[str, Choice]) -> dict[str, Tensor]:
@@ -105,8 +121,20 @@ def amaxs_by_name(calibrators: dict[str, Calibrator], choices: dict[str, Choice]
     for choice in dict.fromkeys(choices.values()):
         stack = {n: c for n, c in calibrators.items() if choices[n] == choice and isinstance(c, HistogramCalibrator)}
         amaxs |= zip(stack, compute_amaxs(list(stack.values()), choice.method, **dict(choice.options)), strict=True)
-    largest = {name: calibrator.compute_amax() for name, calibrator in calibrators.items() if name not in amaxs}
+    others = {n: c for n, c in calibrators.items() if n not in amaxs and not isinstance(c, AffineCalibrator)}
+    largest = {name: calibrator.compute_amax() for name, calibrator in others.items()}
     return amaxs | {name: amax for name, amax in largest.items() if amax is not None}
+
+
+def ranges_by_name(calibrators: dict[str, Calibrator], choices: dict[str, Choice]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Ranges of affine quantizers' calibrators."""
+    found = {}
+    for name, calibrator in calibrators.items():
+        if isinstance(calibrator, AffineCalibrator):
+            # the others are about the edges that a symmetric amax is looked for among
+            options = {key: value for key, value in choices[name].options if key not in ("start_bin", "stride", "power_of_two")}
+            found[name] = calibrator.compute_range(choices[name].method, **options)
+    return {name: ends for name, ends in found.items() if ends is not None}
 
 
 def _needed(method: str) -> type[HistogramCalibrator]:
@@ -116,16 +144,29 @@ def _needed(method: str) -> type[HistogramCalibrator]:
 
 def suits(calibrator: Calibrator, method: str) -> bool:
     """Whether a calibrator collects what a method needs; the largest magnitude is kept by all."""
+    if isinstance(calibrator, AffineCalibrator):
+        return method in AFFINE_METHODS
     return method in ("max", "noclipping") or isinstance(calibrator, _needed(method))
 
 
 # The two halves of a calibration, for those who go on training in between
 
 
+def check_affine_methods(roles: Iterable[tuple[str, TensorQuantizer]], choices: Mapping[str, Choice]) -> None:
+    """Raise ``ValueError`` for a method or an option that an affine quantizer, named, cannot have."""
+    for name, quantizer in roles:
+        choice = choices[name]
+        if quantizer.quant_desc.affine and not suits(quantizer.calibrator, choice.method):
+            raise ValueError(f"`{name}` is affine, and `method` {choice.method!r}: choose one of {', '.join(AFFINE_METHODS)}.")
+        if quantizer.quant_desc.affine and dict(choice.options).get("power_of_two"):
+            raise ValueError(f"`{name}` is affine, and `power_of_two` is True: a power of two is a symmetric amax, not a range.")
+
+
 def observe_(model: M, method: Method = "max", *, keep: bool = False) -> M:
     """Collect statistics of every input from now on, in place; quantizers go on doing what they do. ``keep`` those at hand."""
     roles = _roles(model)
     choices = choices_by_name(roles, method, {})
+    check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
     for name, (quantizer, weight) in roles.items():
         if not keep:
             _prepare(quantizer, "max" if weight is not None else choices[name].method)

@@ -63,6 +63,7 @@ class QuantDescriptor:
         narrow_range: signed codes leave out the most negative one: [-127, 127] in place of [-128, 127].
         num_bins: resolution of the histogram.
         block_size: as many values along the last dimension share an amax, beside ``axis``; ``None``: no blocks.
+        affine: codes from 0 to ``2**num_bits - 1`` for a range with two ends, and so a zero point.
 
     Raises:
         ValueError: a field out of its range, or two that contradict each other.
@@ -88,6 +89,7 @@ class QuantDescriptor:
     narrow_range: bool = True
     num_bins: int = 2048
     block_size: int | None = None
+    affine: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_bits", "axis", "amax"):
@@ -96,7 +98,7 @@ class QuantDescriptor:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None if name == "block_size" else int):
                 raise TypeError(f"`{name}` is {value!r}: it must be an integer.")
-        for name in ("unsigned", "narrow_range", "fake_quant", "learn_amax"):
+        for name in ("unsigned", "narrow_range", "fake_quant", "learn_amax", "affine"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` is {value!r}: it must be true or false.")
         if not isinstance(self.name, str | None):
@@ -108,10 +110,22 @@ class QuantDescriptor:
             raise ValueError(f"`calib_method` is {self.calib_method!r}: choose one of {', '.join(CALIB_METHODS)}.")
         self._check_axis()
         self._check_amax()
+        self._check_affine()
         if isinstance(self.num_bits, tuple) and not self.fake_quant:
             raise ValueError(f"`fake_quant` is False with `num_bits={self.num_bits}`: floats have no integer codes.")
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"`block_size` is {self.block_size}: it must be at least 1, or null.")
+
+    def _check_affine(self) -> None:
+        if not self.affine:
+            return
+        if isinstance(self.num_bits, tuple):
+            raise ValueError(f"`affine` is True with `num_bits={self.num_bits}`: floats have no zero point.")
+        for name, plain in (("unsigned", False), ("fake_quant", True), ("learn_amax", False), ("block_size", None)):
+            if getattr(self, name) != plain:
+                raise ValueError(f"`affine` is True, which does not go with `{name}={getattr(self, name)}`: leave one out.")
+        if self.amax is not None or self.scale_amax is not None:
+            raise ValueError("`affine` is True: calibration finds the two ends of its range; leave `amax` and `scale_amax` out.")
 
     def _check_axis(self) -> None:
         axes = self.axis if isinstance(self.axis, tuple) else () if self.axis is None else (self.axis,)

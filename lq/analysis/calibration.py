@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lq.analysis.quantizer_stats import LayerRow, QuantizerStats, decibels
 from lq.analysis.tables import Table, layer_table
-from lq.calib import Calibrator, HistogramCalibrator
+from lq.calib import AffineCalibrator, Calibrator, HistogramCalibrator
+from lq.functional.affine import fake_quant_affine
 from lq.functional.fake_quant import fake_quant
 from lq.functional.grid import scale_from_amax
 from lq.functional.rounding import energies
@@ -56,7 +57,12 @@ def _measured(quantizer: TensorQuantizer, weight: Tensor) -> QuantizerStats:
     assert quantizer.clipping is not None
     blocks, stats = quantizer.blocks(weight), QuantizerStats()
     desc = quantizer.quant_desc
-    rounded = fake_quant(blocks, quantizer.clipping, desc.num_bits, desc.unsigned, desc.narrow_range)
+    if desc.affine:
+        assert quantizer.range is not None
+        assert isinstance(desc.num_bits, int)
+        rounded = fake_quant_affine(blocks, *quantizer.range, desc.num_bits)
+    else:
+        rounded = fake_quant(blocks, quantizer.clipping, desc.num_bits, desc.unsigned, desc.narrow_range)
     stats.update(quantizer, weight, rounded.reshape(weight.shape))
     return stats
 
@@ -69,7 +75,8 @@ def calibrator_row(name: str, calibrator: Calibrator, amax: Tensor) -> LayerRow:
     """
     rows = amax.reshape(-1).double()
     saturated, sqnr = math.nan, math.nan
-    if calibrator.collected and bool((rows >= calibrator.peak).all()):
+    # an affine quantizer has two peaks
+    if calibrator.collected and not isinstance(calibrator, AffineCalibrator) and bool((rows >= calibrator.peak).all()):
         saturated = 0.0
     if isinstance(calibrator, HistogramCalibrator) and calibrator.collected:
         counts, width = calibrator.counts, calibrator.width

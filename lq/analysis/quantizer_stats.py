@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lq.functional.affine import affine_codes, affine_grid
 from lq.functional.fake_quant import quantize, widened
 from lq.functional.grid import integer_bounds
 from lq.nn import TensorQuantizer
@@ -43,7 +44,9 @@ class QuantizerStats:
         """Add the values ``x`` and what they became, ``q``. No host synchronisation."""
         amax = quantizer.clipping
         assert amax is not None
-        x, q, (low, high) = quantizer.blocks(x), quantizer.blocks(q), _range(quantizer, amax)
+        x, q, ends = quantizer.blocks(x), quantizer.blocks(q), quantizer.range
+        assert ends is not None
+        low, high = ends
         if self._sample is not None:
             (x, q), (low, high, amax) = evenly(self._sample, (x, q), (low, high, amax))
         x, q = widened(x), widened(q)  # squares of half precision overflow
@@ -54,18 +57,22 @@ class QuantizerStats:
         self.totals = batch if self.totals is None else self.totals + batch
         if self._with_codes:
             # a learned range is clipped to before rounding
-            self._note_codes(quantizer, x if quantizer.clip is None else x.clamp(low, high), amax)
+            self._note_codes(quantizer, x if quantizer.clip is None else x.clamp(low, high), low, high, amax)
 
-    def _note_codes(self, quantizer: TensorQuantizer, x: Tensor, amax: Tensor) -> None:
+    def _note_codes(self, quantizer: TensorQuantizer, x: Tensor, low: Tensor, high: Tensor, amax: Tensor) -> None:
         desc = quantizer.quant_desc
         if isinstance(desc.num_bits, tuple) or desc.num_bits > CODES_BITS:
             return
-        low, high = integer_bounds(desc.num_bits, desc.unsigned, desc.narrow_range)
+        first, last = integer_bounds(desc.num_bits, desc.unsigned or desc.affine, desc.narrow_range)
         if self.codes is None:
-            self.codes = torch.zeros(high - low + 1, dtype=torch.bool, device=x.device)
+            self.codes = torch.zeros(last - first + 1, dtype=torch.bool, device=x.device)
         # not from what came out: in half precision neighbouring codes may give the same value
-        codes = quantize(x.nan_to_num(0.0), amax, desc.num_bits, desc.unsigned, desc.narrow_range)
-        self.codes.scatter_(0, (codes.flatten() - low).long(), True)
+        x = x.nan_to_num(0.0)
+        if desc.affine:
+            codes = affine_codes(x, *affine_grid(low, high, desc.num_bits), desc.num_bits)
+        else:
+            codes = quantize(x, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
+        self.codes.scatter_(0, (codes.flatten() - first).long(), True)
 
     def _host(self) -> list[float]:
         totals: list[float] = [0.0] * 4 if self.totals is None else self.totals.tolist()
@@ -87,13 +94,6 @@ class QuantizerStats:
         """Signal to quantization noise ratio in dB; infinite without noise, NaN without values."""
         _, values, signal, noise = self._host()
         return decibels(signal, noise) if values else math.nan
-
-
-def _range(quantizer: TensorQuantizer, amax: Tensor) -> tuple[Tensor, Tensor]:
-    """Where values are cut off below and above: float32, of the shape of ``amax``."""
-    if quantizer.clip is not None:
-        return quantizer.clip.clip_value_min.detach(), quantizer.clip.clip_value_max.detach()
-    return torch.zeros_like(amax) if quantizer.unsigned else -amax, amax
 
 
 def evenly(limit: int, tensors: Sequence[Tensor], ranges: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lq.analysis.calibration import calibrator_row
 from lq.analysis.tables import Table, layer_table
 from lq.calib import Calibrator, read_statistics
-from lq.calibration import amaxs_by_name, suits
+from lq.calibration import amaxs_by_name, ranges_by_name, suits
 from lq.checkpoint import read_checkpoint
 from lq.cli.outputs import prepare_folder
 from lq.methods import check_options, choices_by_name
@@ -30,9 +30,12 @@ def recalibrate(cfg: DictConfig) -> None:
     choices = choices_by_name(calibrators, method, options)
     if not any(suits(calibrator, choices[name].method) for name, calibrator in calibrators.items()):
         raise ValueError(f"{cfg.stats} has no statistics for `calib.method` {method}: calibrate a run with it.")
-    amaxs = amaxs_by_name(calibrators, choices)
-    replace_amaxs(checkpoint.get("state_dict", checkpoint), amaxs, path)
-    table = summary(calibrators, amaxs)
+    amaxs, ranges = amaxs_by_name(calibrators, choices), ranges_by_name(calibrators, choices)
+    highs = {name: high for name, (_, high) in ranges.items()}
+    state = checkpoint.get("state_dict", checkpoint)
+    replace_(state, "_amax", amaxs | highs, path)
+    replace_(state, "_low", {name: low for name, (low, _) in ranges.items()}, path)
+    table = summary(calibrators, amaxs | highs)
     (folder / "calibration.md").write_text(table.markdown() + "\n", encoding="utf-8")
     target = folder / "recalibrated.ckpt"
     torch.save(checkpoint, partial := target.with_suffix(".partial"))
@@ -43,12 +46,12 @@ def recalibrate(cfg: DictConfig) -> None:
     console.print(f"Checkpoint: {target}", soft_wrap=True)
 
 
-def replace_amaxs(state: dict[str, Tensor], amaxs: dict[str, Tensor], path: Path) -> None:
-    """Put ``amaxs``, by the short names of quantizers, into a state dict; all of them or, on an error, none."""
+def replace_(state: dict[str, Tensor], what: str, values: dict[str, Tensor], path: Path) -> None:
+    """Put ``values``, by the short names of quantizers, into a state dict; all of them or, on an error, none."""
     keys: dict[str, Tensor] = {}
-    for name, amax in amaxs.items():
+    for name, amax in values.items():
         # a quantizer that stands alone has no suffix
-        key = next((key for key in (f"{name}_quantizer._amax", f"{name}._amax") if key in state), None)
+        key = next((key for key in (f"{name}_quantizer.{what}", f"{name}.{what}") if key in state), None)
         if key is None:
             raise ValueError(f"{path} has no amax for `{name}`, which the statistics have: give the checkpoint of the same run.")
         if state[key].shape != amax.shape:

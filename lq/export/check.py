@@ -111,6 +111,8 @@ def _problem(quantizer: TensorQuantizer, formats: Container[Bits], in_blocks: bo
         return "no amax: calibrate first, with `lq.calibrating(model)`."
     if not desc.fake_quant:
         return "`fake_quant=False`: they return integer codes, and export needs `fake_quant=True`."
+    if desc.affine:
+        return "`affine=True`, so a zero point, and TensorRT's are all 0: choose symmetric quantizers to export."
     if isinstance(desc.num_bits, tuple) and desc.num_bits not in formats:
         return f"`num_bits={desc.num_bits}`, a float format that is not exported here."
     if isinstance(desc.num_bits, int) and not moved and not fits_int8(desc.num_bits, desc.unsigned):

@@ -10,14 +10,26 @@ from lq.functional.grid import check_num_bits
 from lq.functional.operators import define, in_pieces
 
 
-def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
-    wide = widened(x)
-    low, high = low.to(wide.dtype), high.to(wide.dtype)
+def affine_grid(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Scale, and how many steps the smallest value lies from zero, which is less the zero point.
+
+    >>> affine_grid(torch.tensor(-1.0), torch.tensor(0.5), 4)
+    (tensor(0.1000), tensor(-10.))
+    """
     levels = torch.full_like(high, 2**num_bits - 1)
     scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
-    # the code of the smallest value, without an offset: codes count from here
-    first = torch.round(low / scale)
-    codes = torch.div(wide, scale).round_().sub_(first).clamp_(0, 2**num_bits - 1)
+    return scale, torch.round(low / scale)
+
+
+def affine_codes(x: Tensor, scale: Tensor, first: Tensor, num_bits: int) -> Tensor:
+    """Whole numbers from 0 to ``2**num_bits - 1``, in the dtype of ``x``, on what :func:`affine_grid` gave."""
+    return torch.div(x, scale).round_().sub_(first).clamp_(0, 2**num_bits - 1)
+
+
+def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
+    wide = widened(x)
+    scale, first = affine_grid(low.to(wide.dtype), high.to(wide.dtype), num_bits)
+    codes = affine_codes(wide, scale, first, num_bits)
     # not as a sum: modules that look for the next sum of two tensors would take this one
     return codes.sub_(-first).mul_(scale).to(x.dtype)
 
@@ -56,6 +68,11 @@ def fake_affine_tensor_quant(inputs: Tensor, min_range: Tensor | float, max_rang
         raise ValueError(
             f"`min_range` is {low.tolist()} and `max_range` {high.tolist()}: both must be finite, the first not above the second."
         )
+    return fake_quant_affine(inputs, low, high, num_bits)
+
+
+def fake_quant_affine(inputs: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
+    """:func:`fake_affine_tensor_quant` of a range that is known to be one: nothing is looked at."""
     if not in_pieces():
         return _affine(inputs, low, high, num_bits)
     bounds = (widened(bound.detach().to(inputs.dtype)) for bound in (low, high))

@@ -90,3 +90,16 @@ def reduce_amax(input: Tensor, axis: Axis = None, keepdims: bool = True) -> Tens
         kept = [1 if i in reduced else n for i, n in enumerate(input.shape) if keepdims or i not in reduced]
         return input.new_zeros(kept)
     return input.abs().amax(dim=reduced, keepdim=keepdims) if reduced else input.abs()
+
+
+def min_max(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of ``x``, and of zero, of the shape of amax.
+
+    >>> min_max(torch.tensor([[1.0, 3.0], [-2.0, 5.0]]), 0)
+    (tensor([[ 0.],
+            [-2.]]), tensor([[3.],
+            [5.]]))
+    """
+    low, high = to_rows(x.detach(), axis).aminmax(dim=1)
+    shape = amax_shape(x, axis)
+    return low.clamp_max(0).reshape(shape), high.clamp_min(0).reshape(shape)

@@ -19,13 +19,16 @@ def describe(quantizer: "TensorQuantizer") -> str:
         return "disabled"
     desc, calibrator = quantizer.quant_desc, quantizer.calibrator
     amax = "dynamic" if quantizer.amax is None and quantizer.dynamic else _short(quantizer.amax)
+    if desc.affine and (ends := quantizer.range) is not None:
+        amax = f"{_short(ends[0])}..{_short(ends[1])}"
     parts = [
         *["unsigned"] * desc.unsigned,
+        *["affine"] * desc.affine,
         f"{desc.num_bits}bit",
         "fake" if desc.fake_quant else "int",
         "per-tensor" if desc.axis is None else f"axis=({desc.axis})" if isinstance(desc.axis, int) else f"axis={desc.axis}",
         *([] if desc.block_size is None else [f"block_size={desc.block_size}"]),
-        f"amax={amax}" + ("" if desc.scale_amax is None else f"*{desc.scale_amax}"),
+        f"{'range' if desc.affine else 'amax'}={amax}" + ("" if desc.scale_amax is None else f"*{desc.scale_amax}"),
         *["learned"] * (quantizer.clip is not None),
         *(name for name in ("pre_quant_scale", "pre_quant_shift") if getattr(quantizer, name) is not None),
         f"calibrator={type(calibrator).__name__}({calibrator.extra_repr()})",

@@ -134,6 +134,12 @@ def add_to_bias_(module: nn.Module, values: Tensor) -> None:
         bias.copy_(bias.double() + values.to(bias.device))
 
 
+def add_bias_(module: nn.Module) -> None:
+    """Give a layer that has no bias one of zeros, in place."""
+    groups, outputs, _, _ = input_channel_view(module).shape
+    add_to_bias_(module, input_weight(module).new_zeros(groups * outputs))
+
+
 def take_shift_back_(module: nn.Module) -> None:
     """Have a layer's bias do what the shift of its input does, in place: ``b + W s``, summed over input channels and kernel."""
     shift = shift_of(module)

@@ -6,26 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.calib import Calibrator, HistogramCalibrator, MaxCalibrator
+from lq.calib import AffineCalibrator, Calibrator, HistogramCalibrator, MaxCalibrator
 from lq.descriptor import QuantDescriptor
-from lq.functional.amax import Axis, amax_shape, compute_amax
+from lq.functional.affine import fake_quant_affine
+from lq.functional.amax import Axis, amax_shape, compute_amax, min_max
 from lq.functional.blocks import block_axis, split_blocks
-from lq.functional.checks import check_broadcast, check_not_negative, check_values
+from lq.functional.checks import check_broadcast, check_not_negative
 from lq.functional.fake_quant import fake_quant, quantize, straight_through
-from lq.functional.grid import scale_from_amax
-from lq.nn.clip import Clip
 from lq.nn.describe import describe
 from lq.nn.described import Described
+from lq.nn.held_range import HeldRange
 from lq.nn.pre_quant import PreQuant
 from lq.nn.switches import Switches
 
-BUFFERS = ("_amax", "_pre_quant_scale", "_pre_quant_shift")
+BUFFERS = ("_amax", "_low", "_pre_quant_scale", "_pre_quant_shift")
 # Fields of a descriptor that decide which statistics are collected.
-STATISTICS = ("axis", "block_size", "calib_method", "num_bins")
+STATISTICS = ("axis", "block_size", "calib_method", "num_bins", "affine")
 
 
 def make_calibrator(desc: QuantDescriptor) -> Calibrator:
     """The calibrator that a descriptor asks for."""
+    if desc.affine:
+        assert isinstance(desc.num_bits, int)
+        return AffineCalibrator(desc.num_bits, _kept_axis(desc), desc.num_bins)
     if desc.calib_method == "histogram":
         return HistogramCalibrator(desc.num_bits, _kept_axis(desc), desc.unsigned, desc.num_bins)
     return MaxCalibrator(desc.num_bits, _kept_axis(desc), desc.unsigned)
@@ -36,7 +39,7 @@ def _kept_axis(desc: QuantDescriptor) -> Axis:
     return desc.axis if desc.block_size is None else block_axis(desc.axis)
 
 
-class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
+class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
     """Quantizes a tensor as its descriptor says; collects statistics while calibration is enabled.
 
     ``amax``, ``pre_quant_scale`` and ``pre_quant_shift`` are buffers that stay float32 on every cast of the module, are ``None``
@@ -62,9 +65,6 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
     TensorQuantizer(8bit fake per-tensor amax=1.2700 calibrator=MaxCalibrator(track_amax=False) quant)
     """
 
-    _amax: Tensor | None
-    calibrator: Calibrator
-    clip: Clip | None
     # stands for fake quantization while lq.export.enable_onnx_export is at work: given the inputs and their amax
     _on_export: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -94,108 +94,6 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
         if if_clip:
             self.enable_clip()
 
-    # What it learns
-
-    def enable_clip(self) -> None:
-        """Clip to the learned range also where nothing is quantized: a stage that learns it before quantization starts.
-
-        Raises:
-            RuntimeError: the descriptor has no ``learn_amax``, or there is no range yet.
-        """
-        self._require_learn_amax()
-        if self.clip is None:
-            raise RuntimeError("There is no range to clip to yet: calibrate first, or give the descriptor an `amax`.")
-        self._if_clip = True
-
-    def disable_clip(self) -> None:
-        """Clip only where quantization does."""
-        self._if_clip = False
-
-    def init_learn_amax(self) -> None:
-        """Learn amax from now on, starting at the one that is set. Do this before the optimizer is made.
-
-        With ``learn_amax``, setting amax does it, by hand or by calibration. Without effect if it is learned already.
-
-        Raises:
-            RuntimeError: the descriptor has no ``learn_amax``, or there is no amax yet.
-        """
-        self._require_learn_amax()
-        if self.clip is not None:
-            return
-        if self._amax is None:
-            raise RuntimeError("There is no amax to start learning from: calibrate first, or give the descriptor one.")
-        amax, self._amax = self._amax, None
-        self._learn(-amax, amax)
-
-    def _require_learn_amax(self) -> None:
-        if not self.quant_desc.learn_amax:
-            raise RuntimeError("`learn_amax` is False in the quantizer's descriptor: there is no range to learn or clip to.")
-
-    def _learn(self, low: Tensor, high: Tensor) -> None:
-        low = low.clamp_min(0) if self.unsigned else low
-        self.clip = Clip(low, high, learn_min=not self.unsigned, learn_max=True)
-        self.clip.requires_grad_(not self._frozen)
-
-    # What it holds
-
-    @property
-    def amax(self) -> Tensor | None:
-        """Clipping magnitude: float32, ``()`` per tensor, else broadcastable to the input (or its :meth:`blocks`); the learned
-        one if there is; ``None`` until set."""
-        if self._amax is None and self.clip is not None:
-            return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
-        return self._amax
-
-    @amax.setter
-    def amax(self, value: Tensor | float | None) -> None:
-        if self._frozen:
-            raise RuntimeError("The quantizer is frozen, its amax must not change: call `lq.unfreeze_` first.")
-        if value is None:
-            self._amax = self.clip = None
-            return
-        amax = torch.as_tensor(value).detach().to(self.calibrator.device, torch.float32)
-        check_values(amax)
-        present = self.amax
-        if present is not None and present.shape != amax.shape:
-            raise ValueError(f"`amax` has shape {tuple(amax.shape)}, but {tuple(present.shape)} is set: set None first.")
-        if self.clip is not None:
-            with torch.no_grad():
-                self.clip.clip_value_max.copy_(amax)
-                self.clip.clip_value_min.copy_(-amax if not self.unsigned else 0 * amax)
-        elif self._amax is None:
-            self._fits = False
-            with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
-                self._amax = amax.clone()
-            if self.quant_desc.learn_amax:
-                self.init_learn_amax()
-        else:  # in place, so that whatever holds the buffer sees the new value
-            self._amax.copy_(amax)
-
-    @property
-    def clipping(self) -> Tensor | None:
-        """Where values are clipped: ``amax``, times the descriptor's ``scale_amax`` unless it is learned."""
-        amax = self.amax
-        return None if amax is None else self._scaled(amax)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether amax must not change any more, nor be learned (see :func:`lq.freeze_`)."""
-        return self._frozen
-
-    @frozen.setter
-    def frozen(self, value: bool) -> None:
-        self._frozen = value
-        if self.clip is not None:
-            self.clip.requires_grad_(not value)
-
-    @property
-    def scale(self) -> Tensor | None:
-        """``clipping / qmax``: real units per step; ``None`` while there is no amax."""
-        clipping = self.clipping
-        return None if clipping is None else scale_from_amax(clipping, self.num_bits, self.unsigned)
-
-    step_size = scale
-
     @property
     def quant_desc(self) -> QuantDescriptor:
         """What the quantizer does. Another descriptor keeps amax and, if it collects the same, the statistics."""
@@ -207,6 +105,8 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
             raise RuntimeError("The range is learned, and `unsigned` decides which sides it has: set `amax` to None first.")
         if any(getattr(value, name) != getattr(self._quant_desc, name) for name in STATISTICS):
             self.calibrator = make_calibrator(value).to(self.calibrator.device)
+        if value.affine != self._quant_desc.affine and self._amax is not None:
+            raise RuntimeError("`affine` decides what the range is, and there is one: set `amax` to None first.")
         self._quant_desc, self._fits = value, False
         self.calibrator.num_bits, self.calibrator.unsigned = value.num_bits, value.unsigned
 
@@ -214,11 +114,6 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
     def active(self) -> bool:
         """Whether the next forward would quantize."""
         return not self._disabled and self._if_quant and (self.dynamic or self._has_amax)
-
-    @property
-    def _has_amax(self) -> bool:
-        # asked several times in a forward, so it computes nothing
-        return self._amax is not None or self.clip is not None
 
     @property
     def idle(self) -> bool:
@@ -245,7 +140,14 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
         Raises:
             RuntimeError: no statistics were collected; with ``strict=False`` amax then stays as it is.
         """
-        amax = self.calibrator.compute_amax(*args, **kwargs)
+        if isinstance(self.calibrator, AffineCalibrator):
+            ends = self.calibrator.compute_range(*args, **kwargs)
+            amax = None
+            if ends is not None:
+                self.range = ends
+                return
+        else:
+            amax = self.calibrator.compute_amax(*args, **kwargs)
         if amax is not None:
             self.amax = amax
         elif strict:
@@ -290,6 +192,8 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
         if not quantizes:
             return inputs
         desc, amax = self.quant_desc, self.amax
+        if desc.affine:
+            return self._process_affine(inputs)
         amax = self._scaled(compute_amax(inputs, _kept_axis(desc)) if amax is None else amax)
         if self._on_export is not None:
             return self._on_export(inputs, amax)
@@ -299,10 +203,12 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
         codes = quantize(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
         return straight_through(inputs, amax, codes, desc.unsigned)
 
-    def _scaled(self, amax: Tensor) -> Tensor:
-        factor = self.quant_desc.scale_amax
-        # a learned range needs no help, and values between the scaled and the learned bound would give neither a gradient
-        return amax if factor is None or self.clip is not None else amax * factor
+    def _process_affine(self, inputs: Tensor) -> Tensor:
+        assert isinstance(self.num_bits, int)
+        if self._on_export is not None:
+            raise RuntimeError("An affine quantizer has a zero point, and those of TensorRT are 0: `affine=False` exports.")
+        low, high = self.range or min_max(inputs, self.axis)
+        return fake_quant_affine(inputs, low, high, self.num_bits)
 
     def _fit(self, inputs: Tensor) -> None:
         """Look at the first inputs for a new amax, and give it the shape that broadcasts to them."""
@@ -320,12 +226,6 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
                 amax.data = amax.data.reshape(shape)
             check_broadcast(inputs, amax)
         self._fits = looking
-
-    def _ranges(self) -> list[Tensor]:
-        """The tensors that amax consists of: itself, or the bounds that are learned."""
-        if self.clip is None:
-            return [] if self._amax is None else [self._amax]
-        return [self.clip.clip_value_min, self.clip.clip_value_max]
 
     # Housekeeping of torch
 
@@ -351,6 +251,10 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
             for name in ("_amax", *["clip.clip_value_min"] * self.unsigned):
                 state_dict.pop(prefix + name, None)
         self._load_clip(state_dict, prefix, unexpected_keys=args[3])
+        if (f"{prefix}_low" in state_dict) != (self.quant_desc.affine and f"{prefix}_amax" in state_dict):
+            kinds = ("symmetric", "affine") if self.quant_desc.affine else ("affine", "symmetric")
+            args[4].append(f"`{prefix}_amax` is of a quantizer that is {kinds[0]}, and this one is {kinds[1]}.")
+            return
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
                 if name == "_amax" and not bool(((value >= 0) & value.isfinite()).all()):
@@ -359,20 +263,6 @@ class TensorQuantizer(Switches, Described, PreQuant, nn.Module):
                 setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
         self._fits = False
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _load_clip(self, state_dict: dict[str, Any], prefix: str, unexpected_keys: list[str]) -> None:
-        keys = [key for key in state_dict if key.startswith(f"{prefix}clip.")]
-        if not keys and self.clip is not None and f"{prefix}_amax" in state_dict:
-            # saved before it was learned: where learning starts
-            amax = state_dict.pop(f"{prefix}_amax")
-            sides = {"max": amax} if self.unsigned else {"min": -amax, "max": amax}
-            state_dict |= {f"{prefix}clip.clip_value_{side}": value for side, value in sides.items()}
-        if not self.quant_desc.learn_amax:
-            unexpected_keys += keys
-        elif keys and self.clip is None:
-            self._amax = None
-            ones = torch.ones_like(state_dict[keys[-1]], dtype=torch.float32, device=self.calibrator.device)
-            self._learn(-ones, ones)
 
     def __repr__(self) -> str:
         return f"TensorQuantizer({self.extra_repr()})"
