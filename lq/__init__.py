@@ -6,6 +6,7 @@ from lq.descriptor import QuantDescriptor, QuantRule
 from lq.export import enable_onnx_export
 from lq.load import load_quantized
 from lq.nn import TensorQuantizer
+from lq.ptq import QuantizationConfig, QuantizationMethod, ThresholdSelectionMethod, post_training_quantization
 from lq.rescale import RescalingCalibrator
 from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, unfreeze_
 from lq.version import __version__
@@ -13,8 +14,11 @@ from lq.version import __version__
 __all__ = [
     "QuantDescriptor",
     "QuantRule",
+    "QuantizationConfig",
+    "QuantizationMethod",
     "RescalingCalibrator",
     "TensorQuantizer",
+    "ThresholdSelectionMethod",
     "__version__",
     "calib",
     "calibrating",
@@ -28,6 +32,7 @@ __all__ = [
     "named_quantizers",
     "nn",
     "optim",
+    "post_training_quantization",
     "quant_modules",
     "quantize_",
     "tensor_quant",

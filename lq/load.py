@@ -10,12 +10,13 @@ from torch import nn
 
 from lq.checkpoint import read_checkpoint
 from lq.descriptor import Rules, resolve_rules
+from lq.nn.batchnorm import has_fixed_statistics, replace_
 from lq.nn.convert import to_quantized_
 from lq.nn.fast_paths import leave_fast_paths_
 from lq.nn.input_channels import add_to_bias_, has_input_channels
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
-from lq.placed import Placement
+from lq.placed import Placement, placement_of
 from lq.surgery import has_quantized_layers, quantize_, quantize_as_
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,6 +68,7 @@ def load_quantized(
     if rules is None:
         raise ValueError(f"`path` {path} does not say which rules its quantizers were placed by: give `rules`.")
     module = _built(model, path, kwargs)
+    leave_folded_(module, state)
     if not has_quantized_layers(module):
         placement = checkpoint.get(PLACEMENT)
         if target is None and placement is None and any(".residual_quantizer." in key for key in state):
@@ -75,7 +77,7 @@ def load_quantized(
             quantize_as_(module, rules, Placement(**placement))
         else:
             quantize_(module, rules, target=target, args=args)
-    _place_factors_(module, state)
+    place_factors_(module, state)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -97,16 +99,29 @@ def _built(model: M | type[M], path: str | Path, kwargs: dict[str, Any]) -> M:
     return model(**kwargs)
 
 
-def _place_factors_(module: nn.Module, state: dict[str, Any]) -> None:
+def leave_folded_(module: nn.Module, state: dict[str, Any]) -> None:
+    """A BatchNorm of which a state dict has nothing was folded into the layer before it, which has a bias now."""
+    for name, norm in list(module.named_modules()):
+        if has_fixed_statistics(norm) and not any(key.startswith(f"{name}.") for key in state):
+            replace_(module, norm, nn.Identity())
+
+
+def place_factors_(module: nn.Module, state: dict[str, Any]) -> None:
     """Layers that SmoothQuant gave a factor, or a correction a shift, and the rules no quantizer; and those that got a bias."""
+    layers = dict(module.named_modules())
     for key in state:
         owner = re.sub(r"\.input_quantizer\._pre_quant_(scale|shift)$", "", key)
-        if owner != key and not isinstance(layer := module.get_submodule(owner), QuantModule):
-            to_quantized_(layer)
+        if owner != key and owner in layers and not isinstance(layers[owner], QuantModule):
+            to_quantized_(layers[owner])
     for name, layer in module.named_modules():
         if f"{name}.bias" in state and has_input_channels(layer) and layer._parameters.get("bias", 0) is None:
             add_to_bias_(layer, state[f"{name}.bias"])
     leave_fast_paths_(module)
+
+
+def origin_of(model: nn.Module, rules: Rules) -> dict[str, Any]:
+    """What a checkpoint needs beside the state of a quantized model, so that :func:`load_quantized` can build it again."""
+    return {RULES: to_plain(rules), PLACEMENT: dataclasses.asdict(placement_of(model))}
 
 
 def to_plain(rules: Rules) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lq.analysis.output_figure import draw_outputs
+from lq.analysis.outputs import StagesSqnr
 from lq.analysis.records import Histogram, Report
 from lq.analysis.tables import baseline, is_share
 
@@ -43,7 +45,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
     """Draw every figure that the report has data for into ``folder``, as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for figure in (accuracy, sqnr, histograms, amax):
+    for figure in (accuracy, outputs, sqnr, histograms, amax):
         with rc_context(STYLE):
             drawn = figure(report)
             if drawn is not None:
@@ -51,6 +53,20 @@ def draw(report: Report, folder: Path) -> list[Path]:
                 drawn.savefig(path)
                 paths.append(path)
     return paths
+
+
+def outputs(report: Report) -> Figure | None:
+    """What is left of each layer's output, correction by correction."""
+    return draw_outputs(report.output_sqnr, WIDTH, GREY)
+
+
+def save_outputs(found: StagesSqnr, path: Path) -> Path:
+    """That figure alone, as PNG."""
+    with rc_context(STYLE):
+        figure = draw_outputs(found, WIDTH, GREY)
+        assert figure is not None
+        figure.savefig(path)
+    return path
 
 
 def accuracy(report: Report) -> Figure | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lq.analysis.quantizer_stats import LayerRow
 from lq.calib import HistogramCalibrator
+from lq.corrections import Corrections
 from lq.functional.histogram import bin_width, grow
 from lq.rescale import RescaledGroup
 from lq.surgery import named_quantizers
@@ -87,6 +88,8 @@ class Report:
         history: metrics over the steps, as :func:`read_history` has them.
         rescaled: what rescaling did.
         left: layers that it left as they are, and why.
+        output_sqnr: of layers' outputs in dB, by stage of post-training quantization and by layer.
+        corrected: what each correction did, by name.
     """
 
     title: str
@@ -98,6 +101,8 @@ class Report:
     history: list[dict[str, float]] = field(default_factory=list)
     rescaled: list[RescaledGroup] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    output_sqnr: dict[str, dict[str, float]] = field(default_factory=dict)
+    corrected: dict[str, Corrections] = field(default_factory=dict)
 
 
 def histograms(model: nn.Module) -> dict[str, Histogram]:

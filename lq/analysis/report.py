@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lq.analysis.outputs import correction_table, sqnr_table
 from lq.analysis.quantizer_stats import LayerRow
 from lq.analysis.records import Deployed, Histogram, Report, Stage, histograms, read_history
-from lq.analysis.tables import Table, compare_runs, escape, report_tables
+from lq.analysis.tables import Table, compare_runs, deployed_table, escape, layer_table, rescale_table, stage_table
 
 if TYPE_CHECKING:
     import rich.console
@@ -30,6 +31,7 @@ __all__ = [
 
 CAPTIONS = {
     "accuracy": "What each stage changes against the float model.",
+    "outputs": "Signal to quantization noise of each layer's output, correction by correction.",
     "sqnr": "Signal to quantization noise of each layer's input and weight.",
     "histograms": "Magnitudes that the quantizers saw in calibration, and the amax that was chosen of them then.",
     "amax": "amax of each input over the steps of the fit.",
@@ -39,10 +41,12 @@ EXPLAINED = {
     "Quantizers": "amax is what the graph has, peak the largest magnitude in calibration. Values beyond amax saturate: so do "
     "weights that moved after the scales were frozen. Saturation and SQNR (signal to quantization noise) are over the validation "
     "batches. Rescaled inputs are multiplied by SmoothQuant's factor, where no norm before them took it in.",
+    "SQNR of outputs (dB)": "Signal to quantization noise, with all that has gathered up to a layer, over the calibration "
+    "batches; each stage has the corrections before it, too.",
     "Notes": "A quantization step at the output is the largest change that one code of the last layer's input makes there.",
 }
 # the figures that stand below a table; the others follow it
-BELOW = {"Stages": ["accuracy"], "Quantizers": ["sqnr", "histograms", "amax"]}
+BELOW = {"Stages": ["accuracy"], "SQNR of outputs (dB)": ["outputs"], "Quantizers": ["sqnr", "histograms", "amax"]}
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -67,6 +71,26 @@ em {{ color: #57606a; font-style: normal; font-size: 0.85rem; }}
 </body>
 </html>
 """
+
+
+def report_tables(report: Report) -> list[Table]:
+    """All tables that a report has data for: stages, deployed graphs, notes, rescaling, corrections, quantizers."""
+    tables = []
+    if report.stages:
+        tables.append(stage_table(report.stages))
+    if report.deployed:
+        tables.append(deployed_table(report.deployed))
+    if report.notes:
+        tables.append(Table("Notes", ["Note", "Value"], [[k, v] for k, v in report.notes.items()]))
+    if report.rescaled or report.left:
+        tables.append(rescale_table(report.rescaled, report.left))
+    if report.output_sqnr:
+        tables.append(sqnr_table(report.output_sqnr))
+    if report.corrected:
+        tables.append(correction_table(report.corrected))
+    if report.layers:
+        tables.append(layer_table(report.layers))
+    return tables
 
 
 def print_report(report: Report, console: "rich.console.Console | None" = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from lq.analysis.quantizer_stats import LayerRow
-from lq.analysis.records import Deployed, Report, Stage
+from lq.analysis.records import Deployed, Stage
 from lq.rescale import RescaledGroup
 
 if TYPE_CHECKING:
@@ -108,22 +108,6 @@ def is_share(metric: str, values: Iterable[object]) -> bool:
 def baseline(items: list[Named]) -> Named:
     """What the others are compared with: the one named ``float``, or else the first."""
     return next((item for item in items if item.name == "float"), items[0])
-
-
-def report_tables(report: Report) -> list[Table]:
-    """All tables that a report has data for: stages, deployed graphs, notes, rescaling, quantizers."""
-    tables = []
-    if report.stages:
-        tables.append(stage_table(report.stages))
-    if report.deployed:
-        tables.append(deployed_table(report.deployed))
-    if report.notes:
-        tables.append(Table("Notes", ["Note", "Value"], [[k, v] for k, v in report.notes.items()]))
-    if report.rescaled or report.left:
-        tables.append(rescale_table(report.rescaled, report.left))
-    if report.layers:
-        tables.append(layer_table(report.layers))
-    return tables
 
 
 def stage_table(stages: list[Stage]) -> Table:

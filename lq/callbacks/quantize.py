@@ -1,8 +1,7 @@
 """Places quantizers when a fit is set up, calibrates and rescales it when training starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ from lq.calib.statistics import require_safetensors
 from lq.calibration import calibrating
 from lq.callbacks.best import Best, monitored
 from lq.callbacks.building import averages, averaging_later, build, check_strategy
-from lq.callbacks.feeding import example_of, feed, train_batches, untouched_data
+from lq.callbacks.correcting import add_biases_, correct_float_, function_of, name_of, positional
+from lq.callbacks.feeding import feed, train_batches, untouched_data
+from lq.callbacks.placing import check_learned, place_
 from lq.callbacks.stages import validate_stage
+from lq.corrections import Correction, Corrections, weights_bias_correction_
 from lq.descriptor import Rules, resolve_rules
-from lq.load import PLACEMENT, RULES, to_plain
+from lq.load import origin_of
 from lq.methods import Method, check_options
-from lq.placed import placement_of
 from lq.placement import check_target
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
-from lq.surgery import has_quantized_layers, named_quantizers, quantize_
+from lq.surgery import has_quantized_layers, named_quantizers
 
 # Where a checkpoint has the best model so far.
 BEST = "lq_best"
@@ -50,6 +51,9 @@ class Quantize(Callback):
         batches: train batches to calibrate on, on each rank.
         alpha: SmoothQuant's migration strength: a number in [0, 1], numbers by patterns on names, or ``"auto"``, as for
             :meth:`lq.RescalingCalibrator.rescale`; ``None`` does not rescale.
+        corrections: what else to do before calibration, in this order: functions of :mod:`lq.corrections`, their options bound by
+            ``functools.partial``. They run on the ``batches`` train batches, of which ``forward`` takes positional inputs.
+            ``weights_bias_correction_`` runs after calibration. :attr:`corrected` says what was done.
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
         stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
             metrics, and loggers get them as ``<stage>/<metric>``.
@@ -63,6 +67,7 @@ class Quantize(Callback):
     Attributes:
         stages: metrics of each stage.
         kept: the stage that ``keep_best`` went back to; empty if that is the end of the fit.
+        corrected: what each correction did, by name.
         rescaled: what SmoothQuant did.
         left: layers that it left as they are, and why.
         histograms: what calibration saw, by quantizer.
@@ -83,6 +88,7 @@ class Quantize(Callback):
         method_options: dict[str, Any] | None = None,
         batches: int = 8,
         alpha: Alpha | None = 0.5,
+        corrections: Sequence[Correction] = (),
         excluded_modules: Excluded | None = None,
         stages: bool = True,
         keep_best: bool = False,
@@ -108,7 +114,9 @@ class Quantize(Callback):
         self.keep_best, self.monitor, self.mode = keep_best, monitor, mode
         self._best: Best | None = None
         self._restored: dict[str, Any] = {}
+        self.corrections = list(corrections)
         self.stages: dict[str, dict[str, float]] = {}
+        self.corrected: dict[str, Corrections] = {}
         self.kept = ""
         self.rescaled: list[RescaledGroup] = []
         self.left: dict[str, str] = {}
@@ -128,34 +136,13 @@ class Quantize(Callback):
         check_strategy(trainer)
         build(trainer, pl_module)
         if not has_quantized_layers(pl_module):
-            self._place(trainer, pl_module)
-        for name, quantizer in named_quantizers(pl_module):
-            if quantizer.quant_desc.learn_amax and quantizer.amax is None:
-                # its parameters would be made after the optimizer, which would never change them
-                raise MisconfigurationException(
-                    f"`{name}` has `learn_amax=True` and no `amax` to start from: give its descriptor an `amax`, or calibrate "
-                    "and call `init_learn_amax()` before the fit."
-                )
-
-    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.target is None:
-            quantize_(pl_module, self.rules)
-            return
-        try:
-            args, kwargs = example_of(trainer, pl_module)
-        except Exception as error:  # data code may raise anything where it counts on a hook that comes later
-            rank_zero_warn(
-                f"Only inputs and weights of layers are quantized for `target={self.target!r}`: the module has to run once, "
-                f"and there is no example ({type(error).__name__}: {error}). Give {type(pl_module).__name__} an "
-                "`example_input_array`, or set `target=None`."
-            )
-            quantize_(pl_module, self.rules)
-            return
-        quantize_(pl_module, self.rules, target=self.target, args=args, kwargs=kwargs)
+            place_(trainer, pl_module, self.rules, self.target)
+            add_biases_(pl_module, self.corrections)
+        check_learned(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look_for_best(trainer)
-        pending = [quantizer for _, quantizer in named_quantizers(pl_module) if quantizer.amax is None]
+        pending = {name for name, quantizer in named_quantizers(pl_module) if quantizer.amax is None}
         if not pending:
             return
         try:
@@ -164,8 +151,9 @@ class Quantize(Callback):
             self._keep(trainer, pl_module)
         except BaseException:
             # half of it is nothing: the next fit does it all
-            for quantizer in pending:
-                quantizer.amax = None
+            for name, quantizer in named_quantizers(pl_module):
+                if name in pending:
+                    quantizer.amax = None
             raise
 
     def _look_for_best(self, trainer: Trainer) -> None:
@@ -184,6 +172,16 @@ class Quantize(Callback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Float, calibrated, rescaled: with a look at each, if there is a validation."""
         self._validate(trainer, pl_module, "float")
+        last = [c for c in self.corrections if function_of(c) is weights_bias_correction_]
+        first = [c for c in self.corrections if c not in last]
+        if first:
+            self.corrected = correct_float_(pl_module, self.rules, first, self._positional(trainer, pl_module))
+        self._calibrate_and_rescale(trainer, pl_module)
+        for correction in last:
+            self.corrected[name_of(correction)] = correction(pl_module, self._positional(trainer, pl_module))
+            self._validate(trainer, pl_module, "corrected")
+
+    def _calibrate_and_rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:
         calibrator = RescalingCalibrator(pl_module, excluded_modules=self.excluded_modules, inplace=True)
         # where no input is quantized there is nothing to make easier
         if self.alpha is None or not calibrator.layers:
@@ -207,7 +205,7 @@ class Quantize(Callback):
         folder = Path(self.dirpath)
         # Lightning asks no callback for what it has to say of weights only
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-        trainer.strategy.save_checkpoint(checkpoint | self._origin(pl_module), folder / "calibrated.ckpt")
+        trainer.strategy.save_checkpoint(checkpoint | origin_of(pl_module, self.rules), folder / "calibrated.ckpt")
         if trainer.is_global_zero:
             save_statistics(pl_module, folder / "statistics.safetensors")
 
@@ -225,12 +223,8 @@ class Quantize(Callback):
             self._validate(trainer, pl_module, "kept")
         self._best = None
 
-    def _origin(self, pl_module: LightningModule) -> dict[str, Any]:
-        """What the module's quantizers come from."""
-        return {RULES: to_plain(self.rules), PLACEMENT: asdict(placement_of(pl_module))}
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= self._origin(pl_module)
+        checkpoint |= origin_of(pl_module, self.rules)
         if self._best is not None:
             checkpoint[BEST] = self._best.state_dict()
 
@@ -262,6 +256,10 @@ class Quantize(Callback):
         self.methods = {n: q.calibrator.method for n, q in named_quantizers(pl_module) if q.calibrator.method is not None}
         if self.method == "auto":
             rank_zero_info("auto picked " + ", ".join(f"{self.methods[name]} for {name}" for name in self.histograms))
+
+    def _positional(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[Any, ...]]:
+        with untouched_data(trainer.train_dataloader) as loaders:
+            return [positional(pl_module, batch) for batch in train_batches(trainer, pl_module, loaders, self.batches)]
 
     def _run_batches(
         self,

@@ -19,10 +19,12 @@ from lq.callbacks import Quantize
 from lq.checkpoint import Original, original, read_checkpoint
 from lq.cli.deploy import Deployment, deploy, inputs, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
+from lq.cli.ptq import check_ptq, run_ptq
 from lq.export import require_tensorrt
 from lq.export._require import require
 from lq.export.check import E4M3, checked_opset, fits_int8
 from lq.export.onnx import PRECISIONS
+from lq.ptq import QuantizationConfig
 from lq.surgery import named_quantizers, quantize_
 
 
@@ -39,13 +41,18 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     model: LightningModule = instantiate(cfg.model)
     callbacks: dict[str, Callback] = {k: v for k, v in instantiate(cfg.callbacks).items() if v is not None}
     # everything that the config can get wrong shows here, before any training
+    ptq: QuantizationConfig | None = instantiate(cfg.ptq) if cfg.ptq._target_ else None
     quantize = check(cfg, data, model, callbacks)
+    if ptq is not None:
+        check_ptq(cfg, ptq)
 
     if cfg.ckpt_path is None:
         console.rule("Float training")
         train_float(cfg, model, data, folder)
     else:
         load_float(model, cfg.ckpt_path)
+    if ptq is not None:
+        return run_ptq(cfg, ptq, model, data, folder, console)
     float_model = copy.deepcopy(model)
 
     console.rule("Calibration, rescaling, quantization-aware training")
@@ -103,6 +110,7 @@ def describe(
         histograms=quantize.histograms,
         rescaled=quantize.rescaled,
         left=quantize.left,
+        corrected=quantize.corrected,
         history=read_history(history) if history.exists() else [],
     )
 

@@ -4,12 +4,13 @@ from lq.corrections.bias import weights_bias_correction_
 from lq.corrections.equalization import activation_channel_equalization_
 from lq.corrections.input_scaling import input_scaling_
 from lq.corrections.ranges import power_of_two
-from lq.corrections.record import Applied, Corrections
+from lq.corrections.record import Applied, Correction, Corrections
 from lq.corrections.relu_bound import relu_unbound_correction_
 from lq.corrections.shift_negative import shift_negative_activation_correction_
 
 __all__ = [
     "Applied",
+    "Correction",
     "Corrections",
     "activation_channel_equalization_",
     "input_scaling_",

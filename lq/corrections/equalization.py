@@ -1,7 +1,7 @@
 """Cross-layer equalization: weights of neighbouring layers get one range in each channel, with the float output unchanged."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.corrections.places import Places, find_places
+from lq.corrections.ranges import peeked
 from lq.corrections.record import Applied, Corrections
 from lq.functional.smooth import smooth_factors
 from lq.graph import Flow
@@ -22,8 +23,7 @@ from lq.producers import divide_, producer_of
 @torch.no_grad()
 def activation_channel_equalization_(
     model: nn.Module,
-    args: Any = (),
-    kwargs: Mapping[str, Any] | None = None,
+    batches: Iterable[Any],
     *,
     fold: bool = True,
     bound: float = 100.0,
@@ -43,8 +43,8 @@ def activation_channel_equalization_(
 
     Args:
         model: float, before quantization.
-        args: positional inputs of one forward, a tuple or the only one; by default the model's ``example_input_array``.
-        kwargs: keyword inputs of it.
+        batches: the model's positional inputs, each a tuple, list or tensor. The first one shows how the layers are connected;
+            weights alone say what the factors are.
         fold: first put every BatchNorm that alone takes what one of the layers gives into the layer. Else factors divide the
             BatchNorm between two layers, which is as exact and leaves it there for training.
         bound: factors stay within [1 / bound, bound].
@@ -55,11 +55,11 @@ def activation_channel_equalization_(
         What was done: factors by the layers whose input channels they multiply.
 
     Raises:
-        ValueError: the model is quantized, there are no inputs, or an option is out of range.
+        ValueError: the model is quantized, there are no batches, or an option is out of range.
 
     >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1)).requires_grad_(False)
     >>> model[0].weight[:], model[2].weight[:] = torch.tensor([[8.0], [0.5]]), torch.tensor([[2.0, 0.5]])
-    >>> activation_channel_equalization_(model, torch.ones(1, 1)).applied[0].detail
+    >>> activation_channel_equalization_(model, [torch.ones(1, 1)]).applied[0].detail
     '2 channels of `0` divided by 1 to 2: weights 0.5 to 8, then 0.5 to 4, and 0.5 to 2, then 0.5 to 4'
     >>> model[0].weight.flatten(), model[2].weight.flatten()
     (tensor([4.0000, 0.5000]), tensor([4.0000, 0.5000]))
@@ -68,7 +68,8 @@ def activation_channel_equalization_(
         raise ValueError(
             f"`bound` is {bound}, `tolerance` {tolerance}, `sweeps` {sweeps}: they are above 1, above 0, at least 1."
         )
-    places = find_places(model, args, kwargs)
+    args, _ = peeked(batches)
+    places = find_places(model, args)
     pairs = _pairs(places)
     details: dict[nn.Module, list[str]] = defaultdict(list)
     if fold and any(pair.is_uneven(pair.factors(bound), tolerance) for pair in pairs):
@@ -76,7 +77,7 @@ def activation_channel_equalization_(
             fold_into_(layer, norm)
             replace_(model, norm, nn.Identity())
             details[layer].append(f"BatchNorm `{places.names[norm]}` folded")
-        places = find_places(model, args, kwargs)
+        places = find_places(model, args)
         pairs = _pairs(places)
     with _in_double(pairs):
         _sweep_(pairs, bound, tolerance, sweeps)

@@ -1,6 +1,6 @@
 """Where corrections apply: the layers of a recorded run, what gives their inputs, and why a place is none."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,12 @@ class Places:
         return f"{type(call.target).__name__} `{self.names.get(call.target, '')}`"
 
 
-def find_places(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> Places:
+def find_places(model: nn.Module, args: Any) -> Places:
     """Run a float model once, in evaluation, and find its places.
 
     Args:
         model: stays as it is.
         args: positional inputs of one forward; with no inputs at all the model's ``example_input_array``.
-        kwargs: keyword inputs of it.
 
     Raises:
         ValueError: the model has quantized layers, or there are no inputs.
@@ -104,7 +103,7 @@ def find_places(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = 
     if has_quantized_layers(model):
         raise ValueError("The model has quantized layers: corrections come before `lq.quantize_` (`lq.dequantize_` undoes it).")
     register_known(model)
-    example = example_inputs(model, args, kwargs, "A correction has the model run once")
+    example = example_inputs(model, args, why="A correction has the model run once")
     with without_fast_paths(model):
         flow = trace(fed := _Fed(model), *example)
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}

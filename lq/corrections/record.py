@@ -1,8 +1,10 @@
 """What a correction did, and what it left."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,7 @@ class Corrections:
 
     applied: list[Applied] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+
+# What changes a model, in place, given batches of its positional inputs.
+Correction = Callable[[nn.Module, Iterable[Any]], Corrections]

@@ -171,12 +171,12 @@ def test_channels_get_even_where_they_can_and_the_output_stays(name, fold):
     make, data, layers, reasons = CASES[name]
     model, x = uneven(make()), data()
     before = model(x)
-    done = activation_channel_equalization_(model, x, fold=fold, bound=1e5)
+    done = activation_channel_equalization_(model, [x], fold=fold, bound=1e5)
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5 * before.abs().max().item())
     assert {applied.name for applied in done.applied if "divided" in applied.detail} == layers
     assert reasons.items() <= done.left.items()
     assert not layers & done.left.keys()
-    again = activation_channel_equalization_(model, x, fold=fold, bound=1e5, tolerance=1e-2)
+    again = activation_channel_equalization_(model, [x], fold=fold, bound=1e5, tolerance=1e-2)
     assert not again.applied
     assert all(again.left[layer] == "its channels are even already" for layer in layers)
 
@@ -186,7 +186,7 @@ def test_ranges_are_those_of_the_formula():
     first, second = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     r1, r2 = first.abs().amax(1), second.abs().amax(0)
     s = (r1 * r2).sqrt() / r2
-    activation_channel_equalization_(model, torch.ones(1, 3, dtype=torch.float64))
+    activation_channel_equalization_(model, [torch.ones(1, 3, dtype=torch.float64)])
     torch.testing.assert_close(model[0].weight, first / s[:, None], rtol=1e-6, atol=0)
     torch.testing.assert_close(model[2].weight, second * s, rtol=1e-6, atol=0)
     torch.testing.assert_close(model[0].weight.abs().amax(1), model[2].weight.abs().amax(0), rtol=1e-6, atol=0)
@@ -196,8 +196,8 @@ def test_batchnorm_is_folded_or_stays():
     make, data, *_ = CASES["batch norm"]
     folded, x = uneven(make()), data()
     divided = copy.deepcopy(folded)
-    done = activation_channel_equalization_(folded, x)
-    activation_channel_equalization_(divided, x, fold=False)
+    done = activation_channel_equalization_(folded, [x])
+    activation_channel_equalization_(divided, [x], fold=False)
     assert [a.name for a in done.applied if "folded" in a.detail] == ["0", "3"]
     assert [type(folded[i]).__name__ for i in (1, 4)] == ["Identity"] * 2
     assert [type(divided[i]).__name__ for i in (1, 4)] == ["BatchNorm2d"] * 2
@@ -207,7 +207,7 @@ def test_a_dead_channel_is_left_and_a_factor_has_its_bound():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).requires_grad_(False)
     model[0].weight[0], model[2].weight[:, 1], model[0].weight[2] = 0, 0, 1e-12
     bias = model[0].bias.clone()
-    activation_channel_equalization_(model, torch.ones(1, 2), bound=10)
+    activation_channel_equalization_(model, [torch.ones(1, 2)], bound=10)
     torch.testing.assert_close(model[0].bias, bias * torch.tensor([1.0, 1, 10]))
 
 
@@ -216,8 +216,8 @@ def test_many_turns_round_once():
     model = uneven(nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(E, E), nn.ReLU()))))
     half = copy.deepcopy(model).bfloat16()
     double = copy.deepcopy(half).double()
-    activation_channel_equalization_(half, tokens().bfloat16())
-    activation_channel_equalization_(double, tokens().double())
+    activation_channel_equalization_(half, [tokens().bfloat16()])
+    activation_channel_equalization_(double, [tokens().double()])
     for p, q in zip(half.parameters(), double.parameters(), strict=True):
         assert p.dtype == torch.bfloat16
         torch.testing.assert_close(p, q.bfloat16(), rtol=2**-8, atol=0)
@@ -243,7 +243,7 @@ def test_the_error_of_one_scale_a_layer_goes_down_by_15_db():
         model[3].weight /= scales.view(-1, 1, 1, 1)
     expected = model(x)
     plain = copy.deepcopy(model)
-    activation_channel_equalization_(model, x)
+    activation_channel_equalization_(model, [x])
     before, after = error_in_db(plain, x, expected), error_in_db(model, x, expected)
     print(f"{before:.1f} dB, {after:.1f} dB")
     assert after < before - 15
@@ -263,7 +263,7 @@ def test_the_error_of_one_scale_a_layer_goes_down_by_15_db():
 )
 def test_a_model_without_a_place_stays_as_it_is_and_says_why(model, reason):
     before = copy.deepcopy(model.state_dict())
-    done = activation_channel_equalization_(model, tokens())
+    done = activation_channel_equalization_(model, [tokens()])
     assert not done.applied
     assert done.left["2"] == reason
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -279,7 +279,7 @@ def test_shared_and_repeated_layers_stay():
         def forward(self, x):
             return self.c(F.relu(self.b(F.relu(self.b(self.a(x))))))
 
-    done = activation_channel_equalization_(Twice(), tokens())
+    done = activation_channel_equalization_(Twice(), [tokens()])
     assert not done.applied
     assert done.left == {
         "a": "another module holds its weight too",
@@ -291,8 +291,8 @@ def test_shared_and_repeated_layers_stay():
 def test_bad_input():
     model = nn.Sequential(nn.Linear(E, 2))
     with pytest.raises(ValueError, match=r"`bound` is 0\.5"):
-        activation_channel_equalization_(model, tokens(), bound=0.5)
-    with pytest.raises(ValueError, match="give `args`"):
-        activation_channel_equalization_(model)
+        activation_channel_equalization_(model, [tokens()], bound=0.5)
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        activation_channel_equalization_(model, [])
     with pytest.raises(ValueError, match="quantized layers"):
-        activation_channel_equalization_(lq.quantize_(model), tokens())
+        activation_channel_equalization_(lq.quantize_(model), [tokens()])

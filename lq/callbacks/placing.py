@@ -1,0 +1,46 @@
+"""Quantizers into a module whose fit is being set up."""
+
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lq.callbacks.feeding import example_of
+from lq.descriptor import Rules
+from lq.load import place_factors_
+from lq.surgery import named_quantizers, quantize_
+
+
+def place_(trainer: Trainer, pl_module: LightningModule, rules: Rules, target: str | None) -> None:
+    """Place quantizers, in place; for a target the module runs once, and a warning says where it cannot."""
+    example: Any = ((), {})
+    if target is not None:
+        try:
+            example = example_of(trainer, pl_module)
+        except Exception as error:  # data code may raise anything where it counts on a hook that comes later
+            rank_zero_warn(
+                f"Only inputs and weights of layers are quantized for `target={target!r}`: the module has to run once, "
+                f"and there is no example ({type(error).__name__}: {error}). Give {type(pl_module).__name__} an "
+                "`example_input_array`, or set `target=None`."
+            )
+            target = None
+    quantize_(pl_module, rules, target=target, args=example[0], kwargs=example[1])
+    # a checkpoint may have factors, shifts and biases where this module has none yet
+    pl_module.register_load_state_dict_pre_hook(_take_structure_)  # type: ignore[no-untyped-call]
+
+
+def _take_structure_(module: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:
+    place_factors_(module, state_dict)
+
+
+def check_learned(pl_module: LightningModule) -> None:
+    """Raise ``MisconfigurationException`` for ranges that would be learned, and have nothing to start from."""
+    for name, quantizer in named_quantizers(pl_module):
+        if quantizer.quant_desc.learn_amax and quantizer.amax is None:
+            # its parameters would be made after the optimizer, which would never change them
+            raise MisconfigurationException(
+                f"`{name}` has `learn_amax=True` and no `amax` to start from: give its descriptor an `amax`, or calibrate "
+                "and call `init_learn_amax()` before the fit."
+            )

@@ -1,0 +1,101 @@
+"""``lq ptq=mct``: post-training quantization of a float model, without fine-tuning."""
+
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lq.analysis.records import Report, Stage
+from lq.analysis.report import print_report, write_report
+from lq.callbacks.correcting import positional
+from lq.cli.deploy import Deployment, deploy, validate_onnx
+from lq.cli.outputs import log_figures, log_last, measure_layers, write_metrics
+from lq.load import origin_of
+from lq.placement import check_target
+from lq.ptq import PtqReport, QuantizationConfig, post_training_quantization
+from lq.surgery import named_quantizers
+
+
+def check_ptq(cfg: DictConfig, config: QuantizationConfig) -> None:
+    """Find out what cannot work, before any training."""
+    check_target(cfg.export.target, config.rules())
+    if cfg.export.format is not None and max(config.activation_n_bits, config.weights_n_bits) > 8:
+        raise ValueError(
+            f"`ptq.activation_n_bits` is {config.activation_n_bits} and `ptq.weights_n_bits` {config.weights_n_bits}: graphs "
+            "have at most 8 bits. Choose fewer, or export=none."
+        )
+
+
+def run_ptq(
+    cfg: DictConfig, config: QuantizationConfig, model: LightningModule, data: LightningDataModule, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Quantize, validate, export and write the report.
+
+    Returns:
+        The run's figures, as in ``metrics.json``.
+    """
+    console.rule("Post-training quantization")
+    loggers = list(instantiate(cfg.logger).values())
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=1, logger=loggers, enable_checkpointing=False)
+    if trainer.world_size > 1:
+        raise ValueError(f"`trainer` has {trainer.world_size} processes, and ptq runs in one: use trainer=default.")
+    data.prepare_data()
+    data.setup("fit")
+    batches = [positional(model, batch) for batch in islice(data.train_dataloader(), cfg.calib.batches)]
+    quantized, found = post_training_quantization(model, batches, config, target=cfg.export.target)
+    stages = {"float": validate(trainer, model, data), "ptq": validate(trainer, quantized, data)}
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True) | origin_of(quantized, found.rules)
+    trainer.strategy.save_checkpoint(checkpoint, folder / "checkpoints" / f"{cfg.quant.name}.ckpt")
+    with console.status("Exporting, verifying and timing the graphs"):
+        deployment = deploy(cfg, trainer, data, model, quantized, folder)
+        if deployment is not None:
+            stages["onnxruntime"] = validate_onnx(cfg, quantized, data, deployment.quantized.path, deployment.layout)
+    log_last(trainer, {f"{stage}/{name}": value for stage, metrics in stages.items() for name, value in metrics.items()})
+
+    with console.status("Measuring the layers and drawing the report"):
+        report = describe(cfg, found, stages, quantized, data, deployment, len(batches))
+        page = write_report(report, folder)
+        log_figures(trainer, folder / "figures")
+    console.print()
+    print_report(report, console)
+    console.print(f"Report: {page}", soft_wrap=True)
+    return write_metrics(report, deployment, folder)
+
+
+def validate(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Metrics of the module's own validation."""
+    found = trainer.validate(model, datamodule=data, verbose=False)
+    return {name: float(value) for metrics in found for name, value in metrics.items()}
+
+
+def describe(
+    cfg: DictConfig,
+    found: PtqReport,
+    stages: dict[str, dict[str, float]],
+    model: LightningModule,
+    data: LightningDataModule,
+    deployment: Deployment | None,
+    batches: int,
+) -> Report:
+    """The report of the run."""
+    given = {name: getattr(value, "name", value) for name, value in asdict(found.config).items()}
+    default = {name: getattr(value, "name", value) for name, value in asdict(QuantizationConfig()).items()}
+    changed = ", ".join(f"{name} {value}" for name, value in given.items() if value != default[name]) or "as it is by default"
+    notes = {"config": changed, "calibration": f"{batches} train batches"}
+    quantizers = len(dict(named_quantizers(model)))
+    if found.left:
+        notes["left in float"] = f"{len(found.left)} of {quantizers} quantizers: {', '.join(found.left)}"
+    return Report(
+        title=f"{cfg.name}: post-training quantization",
+        stages=[Stage(name, metrics) for name, metrics in stages.items()],
+        deployed=[] if deployment is None else [deployment.float, deployment.quantized, *deployment.engines],
+        layers=measure_layers(model, data, {}),
+        notes=notes | ({} if deployment is None else deployment.notes()),
+        output_sqnr=found.sqnr,
+        corrected=found.corrections,
+    )
