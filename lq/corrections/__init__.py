@@ -6,9 +6,10 @@ from lq.corrections.input_scaling import input_scaling_
 from lq.corrections.ranges import power_of_two
 from lq.corrections.record import Applied, Correction, Corrections
 from lq.corrections.relu_bound import relu_unbound_correction_
-from lq.corrections.shift_negative import shift_negative_activation_correction_
+from lq.corrections.shift_negative import TAKE_SHIFTS, shift_negative_activation_correction_
 
 __all__ = [
+    "TAKE_SHIFTS",
     "Applied",
     "Correction",
     "Corrections",

@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from lq.export.recentre import move_of
+from lq.export.recentre import movable
 from lq.functional.grid import Bits, integer_bounds
 from lq.nn import QuantModule, TensorQuantizer
 from lq.surgery import named_quantizers
@@ -45,8 +45,7 @@ def check_exportable(model: nn.Module, dtype: torch.dtype = torch.float32) -> No
         raise ValueError(f"`{meta[0]}` ({len(meta)} in all) is on `meta` and has no values: load the weights first.")
     modules = [m for m in model.modules() if isinstance(m, QuantModule)]
     weights = [m.quantizers()[role] for m in modules for role in m.weights()]
-    moved = [quantizer for _, quantizer in named_quantizers(model) if move_of(quantizer)]
-    check_quantizers(model, formats=[E4M3], blocks=weights, moved=moved)
+    check_quantizers(model, formats=[E4M3], blocks=weights, moved=movable(model))
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and weight.dtype not in (torch.float32, dtype):
             raise ValueError(

@@ -53,7 +53,7 @@ def to_onnx(
     The file computes what the fake-quantized model does. Zero points are 0 and scales are ``amax / qmax``, per tensor or along
     one axis (Jacob et al., 2018, arXiv:1712.05877, eq. 1; ONNX operators QuantizeLinear, DequantizeLinear). Integers are int8,
     as TensorRT wants them: inputs with fewer bits, with ``narrow_range``, or unsigned (up to 7 bits) are clipped to their range
-    first. Inputs of 8 bits that are shifted (``pre_quant_shift``) are shifted by 128 codes less (:mod:`lq.export.recentre`).
+    first. Unsigned codes of 8 bits are int8's in the graph, where a shift of the input costs one add (:mod:`lq.export.recentre`).
     Weights in blocks of 4 bits are int4, with a scale for each block. ``num_bits=(4, 3)`` is FLOAT8E4M3FN. Scales that
     are learned become constants. A BatchNorm that alone consumes a quantized convolution or linear layer is folded into it and
     changes no code; one behind a transposed convolution stays. Channels whose weights are dead beside their bias get a larger
@@ -82,9 +82,10 @@ def to_onnx(
         ImportError: the extra ``export`` is not installed.
         TypeError: ``model`` is no module; ``args`` is ``None``, or does not fit ``forward``.
         FileNotFoundError, IsADirectoryError, PermissionError: ``path`` cannot be written, found out before the export.
-        ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics,
-            ``fake_quant=False``, more than 8 bits (7 if unsigned, unless shifted), E5M2, several axes, not float32; or an unknown
-            ``dynamic_shapes``, ``precision`` or ``target``, or an ``opset`` that lacks what the model needs.
+        ValueError: quantizers that ONNX int8 cannot express, each named: not calibrated, collecting statistics, affine,
+            ``fake_quant=False``, more than 8 bits (7 if unsigned, unless a linear layer or convolution takes them), E5M2, several
+            axes, not float32; or an unknown ``dynamic_shapes``, ``precision`` or ``target``, or an ``opset`` that lacks what the
+            model needs.
     """
     require("onnx", "onnxscript", "onnx_ir")
     from lq.export.lower import lower_fake_quant_

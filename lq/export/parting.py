@@ -14,7 +14,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from lq.export.recentre import move_of
+from lq.export.recentre import MOVE, movable
 from lq.export.runtime import OnnxModel
 from lq.nn import QuantModule, TensorQuantizer
 
@@ -51,12 +51,14 @@ Calls = list[tuple[TensorQuantizer, Tensor]]
 def recording(model: nn.Module) -> Iterator[Calls]:
     """Within the block, quantizers of activations leave their codes, float32 on the CPU, in the order of their calls."""
     calls: Calls = []
+    moved = movable(model)
     weights = {m.quantizers()[role] for m in model.modules() if isinstance(m, QuantModule) for role in m.weights()}
 
     def seen(quantizer: nn.Module, args: object, output: Tensor) -> None:
         assert isinstance(quantizer, TensorQuantizer)
         if quantizer.active and quantizer.scale is not None:
-            calls.append((quantizer, (output.detach() / quantizer.scale).float().cpu() - move_of(quantizer)))
+            codes = (output.detach() / quantizer.scale).float().cpu()
+            calls.append((quantizer, codes - MOVE if quantizer in moved else codes))
 
     found = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m not in weights]
     handles = [quantizer.register_forward_hook(seen) for quantizer in found]
@@ -72,7 +74,7 @@ def compare_codes(
 ) -> tuple[CodeDifference, ...]:
     """Differences at the quantizers of activations, in the order in which torch calls them first.
 
-    Left out are quantizers that the graph does not name, or runs in another number than torch does, and graphs of more than
+    Left out are quantizers that the graph does not name, or runs in another number or shape than torch does, and graphs of more than
     2 GiB.
 
     Args:

@@ -50,7 +50,6 @@ REFUSED = {
         "`0.input`, `2.input` (2 of 4 quantizers) have `num_bits=16`",
     ),
     "16 bit weight": (lambda: model(num_bits=16), "`0.weight`, `2.weight` (2 of 4 quantizers) have `num_bits=16`, signed"),
-    "unsigned 8": (lambda: model(INT8_INPUT.replace(unsigned=True)), "have `num_bits=8`, unsigned: codes must fit into int8"),
     "e5m2": (
         lambda: model(QuantDescriptor(num_bits=(5, 2))),
         "`0.input`, `2.input` (2 of 4 quantizers) have `num_bits=(5, 2)`, a float",

@@ -58,8 +58,40 @@ def test_all_codes_of_int8_are_used(tmp_path):
     np.testing.assert_allclose(shift, expected.numpy(), rtol=1e-5)
 
 
-def test_unsigned_codes_that_nothing_shifts_are_refused(tmp_path):
-    rules = [lq.QuantRule("*", lq.QuantDescriptor(unsigned=True), lq.QuantDescriptor(axis=0))]
-    model = calibrated(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), rules=rules)
+UNSIGNED = [lq.QuantRule("*", lq.QuantDescriptor(unsigned=True), lq.QuantDescriptor(axis=0))]
+
+
+class Shared(nn.Module):
+    """Non-negative inputs of a padded convolution without a bias, and of two linear layers that share a quantizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.conv(x.abs()).relu().mean((2, 3))
+        return self.a(x) * self.b(x)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_unsigned_codes_of_layers(tmp_path, target):
+    x = torch.randn(8, 2, 6, 6)
+    model = lq.quantize_(Shared().eval(), UNSIGNED)
+    model.b.input_quantizer = model.a.input_quantizer
+    with lq.calibrating(model):
+        model(x)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = Graph(to_onnx(model, x, tmp_path / "model.onnx", target=target))
+    close(model, graph, x, atol=1e-5, share=0.99)
+    report = verify(model, tmp_path / "model.onnx", batches=[x])
+    assert sum(layer.unequal for layer in report.layers) <= 0.01 * sum(layer.codes for layer in report.layers)
+    # the convolution's are padded in the graph before they are quantized, and not in torch: not compared
+    assert {layer.name for layer in report.layers} == {"a.input"}
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_unsigned_codes_that_no_bias_makes_up_for_are_refused(tmp_path):
+    x = torch.rand(1, 2, 4, 4)
+    model = calibrated(nn.Sequential(nn.ConvTranspose2d(2, 2, 3)), x, rules=UNSIGNED)
     with pytest.raises(ValueError, match="`num_bits=8`, unsigned"):
-        to_onnx(model, torch.ones(1, 2), tmp_path / "model.onnx")
+        to_onnx(model, x, tmp_path / "model.onnx")
