@@ -74,8 +74,8 @@ def compare_codes(
 ) -> tuple[CodeDifference, ...]:
     """Differences at the quantizers of activations, in the order in which torch calls them first.
 
-    Left out are quantizers that the graph does not name, or runs in another number or shape than torch does, and graphs of more than
-    2 GiB.
+    Left out are quantizers that the graph does not name, or runs in another number or shape than torch does, and graphs of more
+    than 2 GiB.
 
     Args:
         model: the model that was exported.

@@ -20,6 +20,8 @@ from lq.functional.grid import largest_code
 # The least threshold, MCT's.
 MIN_THRESHOLD = 2.0**-28
 
+NUMBERS = ("z_threshold", "min_threshold", "l_p_value", "shift_negative_ratio")
+
 E = TypeVar("E", bound=Enum)
 
 
@@ -123,7 +125,7 @@ class QuantizationConfig:
                 object.__setattr__(self, field.name, _member(type(field.default), value, field.name))
             elif isinstance(field.default, bool) and not isinstance(value, bool):
                 raise TypeError(f"`{field.name}` is {value!r}: it must be True or False.")
-            elif isinstance(field.default, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            elif field.name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"`{field.name}` is {value!r}: it must be a number.")
         for name in ("activation_n_bits", "weights_n_bits"):
             bits = getattr(self, name)
@@ -134,6 +136,8 @@ class QuantizationConfig:
         for name in ("z_threshold", "min_threshold", "l_p_value"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
+        if not math.isfinite(self.min_threshold):
+            raise ValueError(f"`min_threshold` is {self.min_threshold}: it must be finite.")
         if not 0 < self.shift_negative_ratio <= 1:
             raise ValueError(f"`shift_negative_ratio` is {self.shift_negative_ratio}: it must lie in (0, 1].")
         self._check_together()

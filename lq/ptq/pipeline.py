@@ -53,6 +53,7 @@ def post_training_quantization(
         ValueError: no batches, NaN or Inf in them; a model that is quantized, or has nothing to quantize.
         TypeError: ``batches`` is one tensor, or has no inputs of the model.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> config = QuantizationConfig(activation_n_bits=4, weights_n_bits=4)
