@@ -8,7 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BLOCKS = {
     name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    for name in ("README.md", "docs/calibration.md", "docs/callbacks.md", "docs/migrating.md", "docs/smoothquant.md")
+    for name in (
+        "README.md",
+        "docs/calibration.md",
+        "docs/callbacks.md",
+        "docs/export.md",
+        "docs/mct.md",
+        "docs/migrating.md",
+        "docs/smoothquant.md",
+    )
 }
 
 

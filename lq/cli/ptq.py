@@ -17,18 +17,23 @@ from lq.cli.deploy import Deployment, deploy, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, write_metrics
 from lq.load import origin_of
 from lq.placement import check_target
-from lq.ptq import PtqReport, QuantizationConfig, post_training_quantization
+from lq.ptq import PtqReport, QuantizationConfig, QuantizationMethod, post_training_quantization
 from lq.surgery import named_quantizers
 
 
 def check_ptq(cfg: DictConfig, config: QuantizationConfig) -> None:
     """Find out what cannot work, before any training."""
-    check_target(cfg.export.target, config.rules())
-    if cfg.export.format is not None and max(config.activation_n_bits, config.weights_n_bits) > 8:
+    if cfg.export.format is None:
+        check_target(cfg.export.target, config.rules())
+        return
+    if max(config.activation_n_bits, config.weights_n_bits) > 8:
         raise ValueError(
             f"`ptq.activation_n_bits` is {config.activation_n_bits} and `ptq.weights_n_bits` {config.weights_n_bits}: graphs "
             "have at most 8 bits. Choose fewer, or export=none."
         )
+    if QuantizationMethod.UNIFORM in (config.activation_quantization_method, config.weights_quantization_method):
+        raise ValueError("UNIFORM has a zero point, which graphs have not: choose another method, or export=none.")
+    check_target(cfg.export.target, config.rules())
 
 
 def run_ptq(
