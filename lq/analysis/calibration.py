@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lq.analysis.quantizer_stats import LayerRow, QuantizerStats, decibels
+from lq.analysis.quantizer_stats import LayerRow, QuantizerStats, decibels, lowest
 from lq.analysis.tables import Table, layer_table
 from lq.calib import AffineCalibrator, Calibrator, HistogramCalibrator
 from lq.functional.affine import fake_quant_affine
@@ -47,7 +47,7 @@ def calibration_rows(model: nn.Module) -> list[LayerRow]:
             if quantizer in weights:
                 stats = _measured(quantizer, weights[quantizer])
                 row = replace(row, saturated=stats.saturated, sqnr_db=stats.sqnr_db)
-            rows.append(replace(row, rescaled=quantizer.pre_quant_scale is not None))
+            rows.append(replace(row, rescaled=quantizer.pre_quant_scale is not None, low=lowest(quantizer)))
     return rows
 
 

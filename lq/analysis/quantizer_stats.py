@@ -217,6 +217,7 @@ class LayerRow:
         sqnr_db: signal to quantization noise ratio.
         rescaled: inputs are multiplied by a ``pre_quant_scale`` first.
         method: by which amax was chosen; ``None`` leaves it out.
+        low: the lower end of an affine quantizer's range, the least where each channel has its own; ``amax`` is the upper one.
     """
 
     name: str
@@ -227,6 +228,7 @@ class LayerRow:
     sqnr_db: float
     rescaled: bool
     method: str | None = None
+    low: float | None = None
 
 
 def table(model: nn.Module, stats: dict[str, QuantizerStats]) -> list[LayerRow]:
@@ -245,6 +247,13 @@ def table(model: nn.Module, stats: dict[str, QuantizerStats]) -> list[LayerRow]:
                 saturated=measured.saturated,
                 sqnr_db=measured.sqnr_db,
                 rescaled=quantizer.pre_quant_scale is not None,
+                low=lowest(quantizer),
             )
         )
     return rows
+
+
+def lowest(quantizer: TensorQuantizer) -> float | None:
+    """The least value that an affine quantizer has a code for; ``None`` for others."""
+    ends = quantizer.range if quantizer.quant_desc.affine else None
+    return None if ends is None else ends[0].min().item()

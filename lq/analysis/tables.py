@@ -166,7 +166,7 @@ def layer_table(layers: list[LayerRow]) -> Table:
             row.name,
             str(row.num_bits) if isinstance(row.num_bits, int) else "E{}M{}".format(*row.num_bits),
             *[row.method or NOTHING] * methods,
-            number(row.amax),
+            number(row.amax) if row.low is None else f"{number(row.low)} to {number(row.amax)}",
             number(row.peak),
             percent(row.saturated, digits=3),
             f"{row.sqnr_db:.1f}" if math.isfinite(row.sqnr_db) else number(row.sqnr_db),

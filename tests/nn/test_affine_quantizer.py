@@ -136,7 +136,8 @@ def test_statistics():
     codes = np.unique(rounded(2 * x, low, high, 4))
     assert int(stats["0.input"].codes.sum()) == len(codes)
     rows = {row.name: row for row in lq.analysis.calibration_rows(model)}
-    assert rows["0.input"].amax == high.item()
+    assert (rows["0.input"].low, rows["0.input"].amax) == (low.item(), high.item())
+    assert lq.analysis.calibration_table(model).rows[0][3] == f"{low.item():#.4g} to {high.item():#.4g}"
     noise = (model[0].weight_quantizer(model[0].weight) - model[0].weight).square().sum()
     assert rows["0.weight"].sqnr_db == pytest.approx(float(10 * torch.log10(model[0].weight.square().sum() / noise)), abs=1e-3)
 
