@@ -190,7 +190,9 @@ class QuantizationConfig:
 
     def weights_calibration(self) -> dict[str, Any]:
         """Method and options that thresholds of weights are chosen by, likewise."""
-        return _calibration(self.weights_threshold_method, self.weights_quantization_method, self)
+        chosen = _calibration(self.weights_threshold_method, self.weights_quantization_method, self)
+        # a weight has thousands of channels with few values each: thresholds an eighth as dense are found eight times as fast
+        return {**chosen, "stride": 8}
 
     def corrections(self) -> dict[str, Correction]:
         """What is done to the float model before it is quantized, in this order, by the names of the fields.
