@@ -12,6 +12,7 @@ from lq.channels import JOINING_FUNCTIONS
 from lq.descriptor import QuantDescriptor
 from lq.graph import Flow
 from lq.nn.quant_module import QuantModule
+from lq.nn.reuse import LastResult
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 # What hands on a whole tensor, value by value or the largest of some: quantization commutes with it.
@@ -60,6 +61,7 @@ def find_shared(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, s
 def share_(model: nn.Module, groups: Sequence[Sequence[tuple[QuantModule, str]]]) -> None:
     """Have the first quantizer of each group stand for all of it, in place."""
     for (first, first_role), *others in groups:
+        first.quantizers()[first_role]._last = LastResult()
         for module, role in others:
             setattr(module, f"{role}_quantizer", first.quantizers()[first_role])
     if groups:

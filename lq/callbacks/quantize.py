@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
@@ -20,6 +20,7 @@ from lq.callbacks.best import Best, monitored
 from lq.callbacks.building import averages, averaging_later, build, check_strategy
 from lq.callbacks.correcting import add_biases_, correct_float_, function_of, name_of, positional
 from lq.callbacks.feeding import feed, train_batches, untouched_data
+from lq.callbacks.keeping import KeepsWeights
 from lq.callbacks.placing import check_learned, place_
 from lq.callbacks.stages import validate_stage
 from lq.corrections import Correction, Corrections, weights_bias_correction_
@@ -34,7 +35,7 @@ from lq.surgery import has_quantized_layers, named_quantizers
 BEST = "lq_best"
 
 
-class Quantize(Callback):
+class Quantize(KeepsWeights):
     """Quantizes the module in ``setup`` and calibrates it on a few train batches in ``on_train_start``.
 
     A checkpoint of the fit has everything: on resume, in ``test`` or in ``predict`` the quantizers are placed again and their
@@ -210,11 +211,13 @@ class Quantize(Callback):
             save_statistics(pl_module, folder / "statistics.safetensors")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if self._best is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._best.offer(trainer, pl_module, f"step {trainer.global_step}", metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self._validate(trainer, pl_module, "qat")
         if self._best is not None and self._best.stage != "qat":
             self.kept = self._best.stage
@@ -232,13 +235,16 @@ class Quantize(Callback):
         self._restored = checkpoint.get(BEST, {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         if trainer.state.fn != TrainerFn.FITTING:
             self._warn_if_float(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
         self._warn_if_float(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_predict_start(trainer, pl_module)
         self._warn_if_float(pl_module)
 
     def _warn_if_float(self, pl_module: LightningModule) -> None:

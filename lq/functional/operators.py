@@ -35,7 +35,7 @@ def define(schema: str, kernel: Function, gradient: Function) -> Function:
             return operator(*args)
 
     def call(*args: Any) -> Tensor:
-        return _differentiable(kernel, gradient, args) if _unobserved(args[0]) else operator(*args)
+        return _differentiable(kernel, gradient, args) if is_unobserved(args[0]) else operator(*args)
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, lambda *args: _differentiable(below_autograd, gradient, args), "Autograd")  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def _differentiable(function: Function, gradient: Function, args: tuple[Any, ...
     return result
 
 
-def _unobserved(x: Tensor) -> bool:
+def is_unobserved(x: Tensor) -> bool:
     """Whether ``x`` is a tensor like any other, and nothing traces or watches what becomes of it."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False

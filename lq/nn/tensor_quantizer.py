@@ -17,6 +17,7 @@ from lq.nn.describe import describe
 from lq.nn.described import Described
 from lq.nn.held_range import HeldRange
 from lq.nn.pre_quant import PreQuant
+from lq.nn.reuse import KeptWeight, LastResult, can_be_reused
 from lq.nn.switches import Switches
 
 BUFFERS = ("_amax", "_low", "_pre_quant_scale", "_pre_quant_shift")
@@ -67,6 +68,9 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
 
     # stands for fake quantization while lq.export.enable_onnx_export is at work: given the inputs and their amax
     _on_export: Callable[[Tensor, Tensor], Tensor] | None = None
+    # what is used again: set where several layers share the quantizer, and where a weight does not change
+    _last: LastResult | None = None
+    _kept: KeptWeight | None = None
 
     def __init__(
         self,
@@ -198,10 +202,24 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
         if self._on_export is not None:
             return self._on_export(inputs, amax)
         if desc.fake_quant:
-            return fake_quant(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
+            return self._fake_quant(inputs, amax, (desc.num_bits, desc.unsigned, desc.narrow_range))
         assert isinstance(desc.num_bits, int)
         codes = quantize(inputs, amax, desc.num_bits, desc.unsigned, desc.narrow_range)
         return straight_through(inputs, amax, codes, desc.unsigned)
+
+    def _fake_quant(self, inputs: Tensor, amax: Tensor, grid: tuple[Any, ...]) -> Tensor:
+        if (self._kept is None and self._last is None) or not can_be_reused(inputs):
+            return fake_quant(inputs, amax, *grid)
+        if self._kept is not None and self._amax is not None and isinstance(inputs, nn.Parameter):
+            return self._kept.of(inputs, amax, self.unsigned, grid, lambda: fake_quant(inputs, amax, *grid))
+        if self._last is None or self._if_calib:
+            return fake_quant(inputs, amax, *grid)
+        key = (amax._version, *grid)
+        result = self._last.get(inputs, key)
+        if result is None:
+            result = fake_quant(inputs, amax, *grid)
+            self._last.set(inputs, result, key)
+        return result
 
     def _process_affine(self, inputs: Tensor) -> Tensor:
         assert isinstance(self.num_bits, int)

@@ -1,0 +1,134 @@
+"""Results of a quantizer that are used again: of one input for several layers, of a weight that does not change."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional.gradient import within_amax
+from lq.functional.operators import in_pieces, is_unobserved
+
+if TYPE_CHECKING:
+    from lq.nn.tensor_quantizer import TensorQuantizer
+
+
+def can_be_reused(x: Tensor) -> bool:
+    """Whether what becomes of ``x`` may be used again: it has a version, and nothing records what is done with it."""
+    if not is_unobserved(x) or in_pieces() or x.is_inference():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+class _Forgetful:
+    """What is remembered belongs to one object: copies begin with nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class LastResult(_Forgetful):
+    """The last result of a quantizer that several layers share, for as long as its input and it itself are in use elsewhere.
+
+    The layers of queries, keys and values take one tensor: it is quantized once, and its gradients are masked once.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Any, ...]] | None = None
+
+    def get(self, x: Tensor, key: tuple[Any, ...]) -> Tensor | None:
+        """What ``x`` became, if it is what came last."""
+        # read at once: other threads may set it
+        last = self._last
+        if last is None or last[0]() is not x or last[2] != (x._version, torch.is_grad_enabled(), *key):
+            return None
+        return last[1]()
+
+    def set(self, x: Tensor, result: Tensor, key: tuple[Any, ...]) -> None:
+        """Remember; but not for a leaf, of which there may be another backward when the graph behind the result is gone."""
+        self._last = None
+        if x.grad_fn is not None or not x.requires_grad:
+            self._last = weakref.ref(x), weakref.ref(result), (x._version, torch.is_grad_enabled(), *key)
+
+
+class KeptWeight(_Forgetful):
+    """A fake-quantized weight, until it or its amax changes."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._values: Tensor | None = None
+
+    def of(self, weight: Tensor, amax: Tensor, unsigned: bool, grid: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """The values, with the gradient of clipping to amax where one is asked for."""
+        key = (weight.data_ptr(), weight._version, weight.dtype, amax.data_ptr(), amax._version, *grid)
+        if self._values is None or key != self._key:
+            self._values = None  # before there is another
+            with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode trains nothing afterwards
+                self._values, self._key = compute(), key
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return self._values
+        result: Tensor = _Kept.apply(weight, amax, unsigned, [self._values])  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, amax: Tensor, unsigned: bool, values: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(weight, amax)
+        ctx.unsigned = unsigned
+        # another tensor of the same memory: the graph belongs to this call
+        return values[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return within_amax(grad, *ctx.saved_tensors, ctx.unsigned), None, None, None
+
+
+def weight_quantizers(model: nn.Module) -> Iterator["TensorQuantizer"]:
+    """Quantizers of weights."""
+    from lq.nn.quant_module import QuantModule
+
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            for role in module.weights():
+                yield module.quantizers()[role]
+
+
+def keep_weights_(model: nn.Module) -> None:
+    """Quantize each weight once from now on, in place, and again only when it or its amax changes.
+
+    For evaluation, and for the batches whose gradients are added up. Changes are seen by torch's version counters, which
+    ``weight.data`` and fused optimizers go round: call :func:`keep_weights_` again after those.
+
+    >>> import lq
+    >>> model = lq.quantize_(nn.Linear(2, 2))
+    >>> with lq.calibrating(model):
+    ...     _ = model(torch.ones(1, 2))
+    >>> keep_weights_(model)
+    >>> before, after = model.weight_quantizer(model.weight), model.weight_quantizer(model.weight)
+    >>> before.data_ptr() == after.data_ptr()
+    True
+    """
+    for quantizer in weight_quantizers(model):
+        quantizer._kept = KeptWeight()
+
+
+def forget_weights_(model: nn.Module) -> None:
+    """Undo :func:`keep_weights_`, in place; the memory is free."""
+    for quantizer in weight_quantizers(model):
+        quantizer._kept = None
+
+
+@contextmanager
+def keeping_weights(model: nn.Module) -> Iterator[None]:
+    """:func:`keep_weights_` inside the block."""
+    keep_weights_(model)
+    try:
+        yield
+    finally:
+        forget_weights_(model)

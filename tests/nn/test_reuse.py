@@ -1,0 +1,186 @@
+"""What is quantized once gives what it gives when it is quantized each time: values, gradients, and nothing stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lq
+from lq.nn import QuantLinear
+from lq.nn.reuse import forget_weights_, keep_weights_, keeping_weights
+
+
+class Attention(nn.Module):
+    """Three layers that take one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return (self.q(x) * self.k(x)).softmax(-1) * self.v(x)
+
+
+@pytest.fixture
+def shared() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 8)
+    model = lq.quantize_(Attention(), target="tensorrt", args=x)
+    with lq.calibrating(model):
+        model(x)
+    return model, x
+
+
+def separate(model: nn.Module) -> nn.Module:
+    """The same with a quantizer for each layer."""
+    other = copy.deepcopy(model)
+    for layer in (other.q, other.k, other.v):
+        layer.input_quantizer = copy.deepcopy(layer.input_quantizer)
+        layer.input_quantizer._last = None
+    return other
+
+
+def calls(monkeypatch) -> list[Tensor]:
+    """Tensors that are really quantized from now on."""
+    import lq.nn.tensor_quantizer as module
+
+    found, original = [], module.fake_quant
+    monkeypatch.setattr(module, "fake_quant", lambda x, *args: found.append(x) or original(x, *args))
+    return found
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_one_input_of_three_layers_is_quantized_once(shared, monkeypatch):
+    model, x = shared
+    expected, found = separate(model), calls(monkeypatch)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+        torch.testing.assert_close(gradients(model, x), gradients(expected, x))
+    del found[:]
+    y = model(x)
+    assert len(found) == 4  # and three weights
+    del y
+    # other values in the same memory, another mode, another amax
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+        x.mul_(0.1)
+        torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+        for one in (model, expected):
+            for layer in (one.q, one.k, one.v):
+                layer.input_quantizer.amax = torch.tensor(0.5)
+        torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+
+
+def test_shared_result_goes_with_its_input(shared):
+    model, x = shared
+    quantizer = model.q.input_quantizer
+    with torch.no_grad():
+        first = quantizer(x)
+        assert quantizer(x) is first
+        x.add_(1)
+        assert quantizer(x) is not first
+    leaf = torch.randn(3, 8, requires_grad=True)
+    kept = quantizer(leaf)
+    kept.sum().backward()
+    again = quantizer(leaf)  # the graph of the first one is gone
+    assert again is not kept
+    again.sum().backward()
+
+
+def test_weights_are_quantized_once_in_evaluation(shared, monkeypatch):
+    model, x = shared
+    expected, found = model(x), calls(monkeypatch)
+    with torch.no_grad(), keeping_weights(model):
+        for _ in range(3):
+            assert torch.equal(model(x), expected)
+        assert sum(isinstance(t, nn.Parameter) for t in found) == 3
+    with torch.no_grad():
+        model(x)
+    assert sum(isinstance(t, nn.Parameter) for t in found) == 6
+    assert all(m._kept is None for m in model.modules() if isinstance(m, lq.TensorQuantizer))
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_gradients_that_are_added_up(axis, unsigned):
+    torch.manual_seed(0)
+    desc = lq.QuantDescriptor(4, axis=axis, unsigned=unsigned, amax=[[0.1]] if axis is None else [[0.1], [0.2], [0.3]])
+    plain = QuantLinear(5, 3, quant_desc_weight=desc, quant_desc_input=lq.QuantDescriptor(amax=2.0))
+    with torch.no_grad():
+        plain.weight.abs_() if unsigned else None
+    kept = copy.deepcopy(plain)
+    keep_weights_(kept)
+    for model in (plain, kept):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(4):
+                model(torch.randn(7, 5)).square().mean().backward()
+            optimizer.step()
+            if unsigned:
+                with torch.no_grad():
+                    model.weight.abs_()
+    assert torch.equal(plain.weight, kept.weight)
+    assert torch.equal(plain.weight.grad, kept.weight.grad)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "foreach": lambda p: torch.optim.AdamW(p, 0.1, foreach=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_changes_a_weight_is_noticed(shared, name):
+    model, x = shared
+    keep_weights_(model)
+    other = separate(model)
+    forget_weights_(other)
+    changes = {
+        "optimizer": lambda m: (gradients(m, x), OPTIMIZERS[name](m.parameters()).step()),
+        "in place": lambda m: m.q.weight.detach().mul_(0.5),
+        "state": lambda m: m.load_state_dict({k: 0.9 * v if k == "k.weight" else v for k, v in m.state_dict().items()}),
+        "another": lambda m: setattr(m.v, "weight", nn.Parameter(0.3 * m.v.weight.detach())),
+        "amax": lambda m: setattr(m.v.weight_quantizer, "amax", 0.5 * m.v.weight_quantizer.amax),
+        "bits": lambda m: setattr(m.q.weight_quantizer, "num_bits", 4),
+        "type": lambda m: m.double(),
+    }
+    for what, change in changes.items():
+        change(model)
+        change(other)
+        dtype = model.q.weight.dtype
+        with torch.no_grad():
+            assert torch.equal(model(x.to(dtype)), other(x.to(dtype))), what
+
+
+def test_inference_mode(shared):
+    model, x = shared
+    expected = separate(model)
+    with keeping_weights(model):
+        with torch.inference_mode():
+            assert torch.equal(model(x.clone()), expected(x.clone()))
+        torch.testing.assert_close(gradients(model, x), gradients(expected, x))
+
+
+def test_copies_begin_with_nothing(shared):
+    model, x = shared
+    keep_weights_(model)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.q.weight_quantizer._kept._values is None
+        assert other.q.input_quantizer is other.k.input_quantizer
+        with torch.no_grad():
+            other.q.weight.mul_(2)
+        assert not torch.equal(other(x), expected)
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
