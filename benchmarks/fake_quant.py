@@ -4,8 +4,8 @@
 
 Forward reads a tensor and writes one, backward reads two and writes one: no implementation can be quicker than 2.5 copies of a
 tensor take, once it lies in memory and not in a cache. Columns: milliseconds forward, and forward and backward together; their
-ratio to torch's own operator (to the copies, where torch has none for the case); and ``bandwidth``: these 2.5 copies over the time
-that it took. ``multiply`` is the least that autograd can do. The last table is what a call costs that has next to no data.
+ratio to torch's own operator (to the copies, where torch has none for the case); and ``bandwidth``: these 2.5 copies over the
+time that it took. ``multiply`` is the least that autograd can do. The last table is what a call costs that has next to no data.
 
 Peers belong into a virtual environment of their own: ``pip install -e . nvidia-modelopt requests huggingface_hub``.
 (pytorch-quantization needs a compiled extension that it does not bring for present Pythons.)
