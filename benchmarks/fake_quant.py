@@ -154,9 +154,7 @@ def overhead(device: str, calls: int = 500, repeats: int = 21) -> Table:
     with torch.no_grad():
         evaluated = microseconds({name: lambda f=f: f(x) for name, f in contenders.items()}, calls, repeats)
     forward = microseconds({name: lambda f=f: f(x) for name, f in contenders.items()}, calls, repeats)
-    both = microseconds(
-        {name: lambda f=f: torch.autograd.grad(f(x), x, grad) for name, f in contenders.items()}, calls, repeats
-    )
+    both = microseconds({name: lambda f=f: torch.autograd.grad(f(x), x, grad) for name, f in contenders.items()}, calls, repeats)
     for name in contenders:
         rows.append([name, *(f"{kind[name]:.0f}" for kind in (evaluated, forward, both))])
     columns = ["Call on 4 x 4 values", "no grad (us)", "forward (us)", "with backward (us)"]

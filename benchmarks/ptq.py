@@ -201,6 +201,16 @@ def measured(model: nn.Module, expected: Tensor, images: Tensor, labels: Tensor)
     return [f"{sqnr:.1f}", f"{100 * (output.argmax(1) == labels).float().mean():.2f}"]
 
 
+def of_peer_or_why(
+    model: nn.Module, batches: list[Tensor], bits: int, fields: tuple[str, ...], data: tuple[Tensor, Tensor, Tensor]
+) -> list[str]:
+    try:
+        return measured(of_peer(model, batches, bits, fields), *data)
+    except Exception as error:  # whatever it is, the other rows go on
+        print(f"MCT: {type(error).__name__}: {str(error).splitlines()[-1].strip()}", file=sys.stderr)
+        return ["fails", "fails"]
+
+
 def table(name: str, bits: list[int]) -> Table:
     torch.manual_seed(0)
     x, y, images, labels = digits()
@@ -218,7 +228,7 @@ def table(name: str, bits: list[int]) -> Table:
             if PEER and fields == ("input_scaling",):
                 cells += [NOTHING, NOTHING]
             elif PEER:
-                cells += measured(of_peer(model, batches, width, fields), expected, images, labels)
+                cells += of_peer_or_why(model, batches, width, fields, (expected, images, labels))
             rows.append([str(width), row, *cells])
             print(name, *rows[-1], file=sys.stderr, flush=True)
     columns = ["Bits", "Switched on", "SQNR (dB)", "Accuracy (%)", *["MCT's SQNR (dB)", "MCT's accuracy (%)"] * PEER]

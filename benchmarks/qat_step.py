@@ -2,12 +2,12 @@
 
     python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--grow] [--processes 1 2] [--device cuda] [--check]
 
-A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder of 4
-layers of width 256 on 32 x 64 tokens; every convolution and linear layer quantizes its input per tensor and its weight per channel.
-All contenders of a table take turns in one process. Columns: the median of a step, the median of its ratio to the float step of the
-same turn, and the most memory that a step allocates, against float's. ``with QuantMonitor`` logs every 50th step, as the Trainer
-does; its ratio is spread over them. ``--grow`` prints the ratio against batch size, channels and layers, ``--processes`` under DDP.
-``--check`` fails where a ratio has left wide bounds, in less than a minute.
+A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder of
+4 layers of width 256 on 32 x 64 tokens; every convolution and linear layer quantizes its input per tensor and its weight per
+channel. All contenders of a table take turns in one process. Columns: the median of a step, the median of its ratio to the float
+step of the same turn, and the most memory that a step allocates, against float's. ``with QuantMonitor`` logs every 50th step, as
+the Trainer does; its ratio is spread over them. ``--grow`` prints the ratio against batch size, channels and layers,
+``--processes`` under DDP. ``--check`` fails where a ratio has left wide bounds, in less than a minute.
 
 Peers belong into a virtual environment of their own: ``pip install -e . nvidia-modelopt requests huggingface_hub``.
 """
