@@ -29,7 +29,8 @@ def _codes(x: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
 def _fake_quant(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
     wide = widened(x)
     scale = scale_from_amax(amax.to(wide.dtype), num_bits, unsigned)
-    return _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range)).mul_(scale).to(x.dtype)
+    real = _codes(wide, scale, integer_bounds(num_bits, unsigned, narrow_range)).mul_(scale)
+    return real if wide is x else real.to(x.dtype)
 
 
 def _fake_quant_float(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits: int) -> Tensor:

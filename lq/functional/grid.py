@@ -61,4 +61,4 @@ def scale_from_amax(amax: Tensor, num_bits: Bits, unsigned: bool = False) -> Ten
     0.1
     """
     # by a tensor: by a number, a GPU multiplies with the reciprocal, which is one ulp off
-    return (amax / torch.full_like(amax, largest_code(num_bits, unsigned))).clamp_min(torch.finfo(torch.float32).tiny)
+    return (amax / torch.full_like(amax, largest_code(num_bits, unsigned))).clamp_min_(torch.finfo(torch.float32).tiny)

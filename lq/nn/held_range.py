@@ -1,11 +1,14 @@
 """The range of values that a quantizer has codes for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lq.functional.affine import affine_grid
 from lq.functional.checks import check_values
 from lq.functional.grid import Bits, scale_from_amax
+from lq.nn.clip import Clip
 from lq.nn.learned_range import LearnedRange
 
 
@@ -15,14 +18,17 @@ class HeldRange(LearnedRange):
     _low: Tensor | None
     _fits: bool
     num_bits: Bits
+    _buffers: dict[str, Tensor | None]
+    _modules: dict[str, Any]
 
     @property
     def amax(self) -> Tensor | None:
         """Clipping magnitude: float32, ``()`` per tensor, else broadcastable to the input (or its :meth:`blocks`); the learned
         one if there is; ``None`` until set."""
-        if self._amax is None and self.clip is not None:
-            return torch.maximum(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
-        return self._amax
+        amax, clip = self._buffers["_amax"], self._modules["clip"]  # a module finds its attributes by a slow way
+        if amax is None and isinstance(clip, Clip):
+            return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
+        return amax
 
     @amax.setter
     def amax(self, value: Tensor | float | None) -> None:
@@ -128,7 +134,7 @@ class HeldRange(LearnedRange):
     @property
     def _has_amax(self) -> bool:
         # asked several times in a forward, so it computes nothing
-        return self._amax is not None or self.clip is not None
+        return self._buffers["_amax"] is not None or self._modules["clip"] is not None
 
     def _scaled(self, amax: Tensor) -> Tensor:
         factor = self.quant_desc.scale_amax

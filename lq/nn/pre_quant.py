@@ -18,6 +18,7 @@ class PreQuant:
 
     _pre_quant_scale: Tensor | None
     _pre_quant_shift: Tensor | None
+    _buffers: dict[str, Tensor | None]
     calibrator: "Calibrator"
     quant_desc: "QuantDescriptor"
 
@@ -49,8 +50,9 @@ class PreQuant:
 
     def arriving(self, inputs: Tensor) -> Tensor:
         """What is quantized of ``inputs``: multiplied and shifted."""
-        if self._pre_quant_scale is not None:
-            inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
-        if self._pre_quant_shift is not None:
-            inputs = inputs + self._pre_quant_shift.to(inputs.dtype)
+        scale, shift = self._buffers["_pre_quant_scale"], self._buffers["_pre_quant_shift"]
+        if scale is not None:
+            inputs = inputs * scale.to(inputs.dtype)
+        if shift is not None:
+            inputs = inputs + shift.to(inputs.dtype)
         return inputs

@@ -68,7 +68,9 @@ def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice)
 
 
 def test_corrections_from_a_config(tmp_path):
-    cfg = config(tmp_path, "callbacks.quantize.corrections=[{_target_: lq.corrections.input_scaling_, _partial_: true, target: 2}]")
+    cfg = config(
+        tmp_path, "callbacks.quantize.corrections=[{_target_: lq.corrections.input_scaling_, _partial_: true, target: 2}]"
+    )
     (correction,) = instantiate(cfg.callbacks)["quantize"].corrections
     assert (correction.func, correction.keywords) == (lq.corrections.input_scaling_, {"target": 2})
 
