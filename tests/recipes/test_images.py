@@ -97,8 +97,6 @@ def test_batches(folder, tmp_path):
     ((images, labels),) = data.val_dataloader()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
     expected = (data.val_set.pixels / 255 - mean) / std
-        3, 1, 1
-    )
     torch.testing.assert_close(images, expected)
     assert torch.equal(labels, data.val_set.classes)
     x, y = data.val_set[1]
