@@ -36,7 +36,7 @@ from lq.recipes.resnet import BasicBlock, ResNet
 
 Step = Callable[[], object]
 PEER = "ModelOpt" if importlib.util.find_spec("modelopt") else None
-# what no change may make of a ratio on any machine, however busy: the first two are 0.2 to 0.6 on an idle one, and were seen at 1.0
+# what no change may make of a ratio on any machine, however busy: the first two are 0.2 to 0.6 on an idle one, and were 1.0 once
 BOUNDS = {"per tensor": 1.5, "per channel": 1.5, "ResNet-20": 2.0, "encoder": 2.0, "memory": 1.8}
 
 
