@@ -1,6 +1,6 @@
 """Fake quantization, forward and backward, against a copy, torch's own operators and, where they are installed, peers.
 
-    python benchmarks/fake_quant.py [--rounds 21] [--device cuda] [--dtype bfloat16] [--gib 1]
+    python benchmarks/fake_quant.py [--rounds 21] [--threads 1] [--device cuda] [--dtype bfloat16] [--gib 1]
 
 Forward reads a tensor and writes one, backward reads two and writes one: no implementation can be quicker than 2.5 copies of a
 tensor take, once it lies in memory and not in a cache. Columns: milliseconds forward, and forward and backward together; their
@@ -176,11 +176,13 @@ def microseconds(contenders: dict[str, Callable[[], object]], calls: int, repeat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on cores that others use too, take fewer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--gib", type=float, help="size of the tensors; without it 64x256x28x28 and 4096x4096")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
     print(describe_machine())
     for name, (x, contenders) in cases(arguments.device, getattr(torch, arguments.dtype), arguments.gib).items():
         title = f"{name}, {'x'.join(map(str, x.shape))}, {arguments.dtype}"

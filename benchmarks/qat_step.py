@@ -1,6 +1,7 @@
 """A train step with fake quantization against the same step in float: time, memory, and how both grow.
 
-    python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--grow] [--processes 1 2] [--device cuda] [--check]
+    python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--grow] [--processes 1 2] [--threads 1]
+                                  [--device cuda] [--bf16] [--check]
 
 A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder of
 4 layers of width 256 on 32 x 64 tokens; every convolution and linear layer quantizes its input per tensor and its weight per
@@ -198,10 +199,12 @@ def main() -> None:
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--processes", type=int, nargs="+", default=[], help="numbers of DDP processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on cores that others use too, take fewer")
     parser.add_argument("--bf16", action="store_true", help="under autocast")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
     print(describe_machine())
     if arguments.check:
         sys.exit(check())

@@ -13,6 +13,7 @@ from lq.functional.grid import Bits, check_num_bits
 Nested = float | tuple["Nested", ...]
 
 CALIB_METHODS = ("max", "histogram")
+LEARNING = ("lsq", "pact")
 
 
 def _frozen(value: Any) -> Any:
@@ -56,7 +57,10 @@ class QuantDescriptor:
         fake_quant: return real values on the grid; ``False`` returns the integer codes (in a floating dtype).
         axis: dimensions that keep an amax of their own, an int or several; ``None`` is per tensor.
         amax: a fixed amax, number or (nested) list; ``None`` leaves it to calibration. With ``learn_amax`` where learning starts.
-        learn_amax: learn amax by gradient (PACT, see :class:`lq.nn.Clip`).
+        learn_amax: learn amax by gradient. ``"lsq"`` learns the step size from what is rounded and clipped, with LSQ's scaled
+            gradient (both ends of an ``affine`` range: LSQ+), ``"pact"`` from what is clipped only
+            (:func:`lq.functional.learned.fake_quant_learned`). ``True`` is pytorch-quantization's: two bounds to clip to, and
+            an ``amax`` to start from (:class:`lq.nn.Clip`).
         scale_amax: a number to multiply every amax with, for quick experiments.
         calib_method: statistics the quantizer's calibrator takes: ``"max"`` or ``"histogram"``.
         unsigned: codes from 0 to ``2**num_bits - 1``.
@@ -82,7 +86,7 @@ class QuantDescriptor:
     fake_quant: bool = True
     axis: int | tuple[int, ...] | None = None
     amax: Nested | None = None
-    learn_amax: bool = False
+    learn_amax: bool | str = False
     scale_amax: float | None = None
     calib_method: str = "max"
     unsigned: bool = False
@@ -98,8 +102,11 @@ class QuantDescriptor:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | None if name == "block_size" else int):
                 raise TypeError(f"`{name}` is {value!r}: it must be an integer.")
+        if isinstance(self.learn_amax, str) and self.learn_amax not in LEARNING:
+            raise ValueError(f"`learn_amax` is {self.learn_amax!r}: choose one of {', '.join(LEARNING)}, true or false.")
         for name in ("unsigned", "narrow_range", "fake_quant", "learn_amax", "affine"):
-            if not isinstance(value := getattr(self, name), bool):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and value not in LEARNING:
                 raise TypeError(f"`{name}` is {value!r}: it must be true or false.")
         if not isinstance(self.name, str | None):
             raise TypeError(f"`name` is {self.name!r}: it must be text.")
@@ -111,6 +118,8 @@ class QuantDescriptor:
         self._check_axis()
         self._check_amax()
         self._check_affine()
+        if isinstance(self.learn_amax, str) and (isinstance(self.num_bits, tuple) or not self.fake_quant):
+            raise ValueError(f"`learn_amax` is {self.learn_amax!r}, which is for integers (`num_bits`) and `fake_quant=True`.")
         if isinstance(self.num_bits, tuple) and not self.fake_quant:
             raise ValueError(f"`fake_quant` is False with `num_bits={self.num_bits}`: floats have no integer codes.")
         if self.block_size is not None and self.block_size < 1:
@@ -121,8 +130,9 @@ class QuantDescriptor:
             return
         if isinstance(self.num_bits, tuple):
             raise ValueError(f"`affine` is True with `num_bits={self.num_bits}`: floats have no zero point.")
-        for name, plain in (("unsigned", False), ("fake_quant", True), ("learn_amax", False), ("block_size", None)):
-            if getattr(self, name) != plain:
+        allowed = {"unsigned": (False,), "fake_quant": (True,), "learn_amax": (False, "lsq"), "block_size": (None,)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
                 raise ValueError(f"`affine` is True, which does not go with `{name}={getattr(self, name)}`: leave one out.")
         if self.amax is not None or self.scale_amax is not None:
             raise ValueError("`affine` is True: calibration finds the two ends of its range; leave `amax` and `scale_amax` out.")

@@ -43,7 +43,7 @@ def calibrate_weights(
             quantizer = module.quantizers()[role]
             if quantizer._disabled:
                 continue
-            if quantizer.frozen or quantizer.clip is not None or quantizer.quant_desc.block_size is not None:
+            if quantizer.frozen or quantizer.learned or quantizer.quant_desc.block_size is not None:
                 raise ValueError(f"The amax of `{name}.{role}` is frozen, learned or of blocks: `lq.calibrating` handles those.")
             amaxs[quantizer] = _amax(weight, quantizer, axis, num_bins, method, percentile, f"{name}.{role}")
     if not amaxs:

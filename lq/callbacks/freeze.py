@@ -134,7 +134,7 @@ class ScaleFreeze(Callback):
             self._is_frozen = True
             self._frozen = {quantizer for _, quantizer in named_quantizers(pl_module) if not quantizer.frozen}
             freeze_(pl_module)
-            self._learned = [p for quantizer in self._frozen if quantizer.clip is not None for p in quantizer.clip.parameters()]
+            self._learned = [p for quantizer in self._frozen for p in quantizer.parameters()]
             for parameter in self._learned:
                 # a DDP wrapper waits for the gradient of every parameter that it was made with: they lose it before the step
                 parameter.requires_grad_(True)

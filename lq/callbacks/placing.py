@@ -9,7 +9,9 @@ from torch import nn
 
 from lq.callbacks.feeding import example_of
 from lq.descriptor import Rules
+from lq.functional.amax import amax_shape
 from lq.load import place_factors_
+from lq.nn.quant_module import QuantModule
 from lq.surgery import named_quantizers, quantize_
 
 
@@ -35,12 +37,27 @@ def _take_structure_(module: nn.Module, state_dict: dict[str, Any], *args: Any) 
     place_factors_(module, state_dict)
 
 
-def check_learned(pl_module: LightningModule) -> None:
-    """Raise ``MisconfigurationException`` for ranges that would be learned, and have nothing to start from."""
+def await_learned_(pl_module: LightningModule) -> None:
+    """Create the parameters of ranges that are learned, in place: the optimizer is made before they are calibrated.
+
+    Raises:
+        MisconfigurationException: the shape of one is not known, or with ``learn_amax=True`` its start.
+    """
+    layers = [m for m in pl_module.modules() if isinstance(m, QuantModule)]
+    weights = {layer.quantizers()[role]: weight for layer in layers for role, weight in layer.weights().items()}
     for name, quantizer in named_quantizers(pl_module):
-        if quantizer.quant_desc.learn_amax and quantizer.amax is None:
-            # its parameters would be made after the optimizer, which would never change them
+        desc = quantizer.quant_desc
+        if not desc.learn_amax or quantizer.amax is not None or quantizer.learned:
+            continue
+        if desc.learn_amax is True:
             raise MisconfigurationException(
                 f"`{name}` has `learn_amax=True` and no `amax` to start from: give its descriptor an `amax`, or calibrate "
                 "and call `init_learn_amax()` before the fit."
             )
+        weight = weights.get(quantizer)
+        if weight is None and (desc.axis is not None or desc.block_size is not None):
+            raise MisconfigurationException(
+                f"`{name}` has `learn_amax={desc.learn_amax!r}` and an amax for parts of an input, whose shape is not known "
+                "before the fit: leave out `axis` and `block_size`, or `learn_amax`."
+            )
+        quantizer.await_amax(() if weight is None else amax_shape(quantizer.blocks(weight), quantizer.calibrator.axis))

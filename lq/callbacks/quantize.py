@@ -21,7 +21,7 @@ from lq.callbacks.building import averages, averaging_later, build, check_strate
 from lq.callbacks.correcting import add_biases_, correct_float_, function_of, name_of, positional
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.keeping import KeepsWeights
-from lq.callbacks.placing import check_learned, place_
+from lq.callbacks.placing import await_learned_, place_
 from lq.callbacks.stages import validate_stage
 from lq.corrections import Correction, Corrections, weights_bias_correction_
 from lq.descriptor import Rules, resolve_rules
@@ -139,7 +139,7 @@ class Quantize(KeepsWeights):
         if not has_quantized_layers(pl_module):
             place_(trainer, pl_module, self.rules, self.target)
             add_biases_(pl_module, self.corrections)
-        check_learned(pl_module)
+        await_learned_(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look_for_best(trainer)

@@ -152,8 +152,8 @@ def _export(
         if dtype != torch.float32:
             # scales and codes are found in float32
             model.float()
-        fold_batchnorm_(model, *_in_precision(torch.float32, (args, kwargs)))
         fix_learned_scales_(model)
+        fold_batchnorm_(model, *_in_precision(torch.float32, (args, kwargs)))
         recentre_(model)
         raise_dead_scales_(model)
         if dtype != torch.float32:

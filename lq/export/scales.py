@@ -58,6 +58,8 @@ def fix_learned_scales_(model: nn.Module) -> None:
     """
     for _, quantizer in named_quantizers(model):
         clip, amax = quantizer.clip, quantizer.amax
+        if quantizer.learns_step:
+            quantizer.fix_step()
         if clip is not None and (quantizer.unsigned or torch.equal(-clip.clip_value_min, clip.clip_value_max)):
             desc = quantizer.quant_desc
             quantizer.clip = None

@@ -1,4 +1,4 @@
-"""Fake quantization with a step size that is learned (LSQ)."""
+"""Fake quantization with a step size, or a clipping magnitude, that is learned (LSQ, LSQ+, PACT)."""
 
 from typing import Any
 
@@ -15,13 +15,20 @@ from lq.functional.operators import in_pieces
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool, gradient_scale: float
+        ctx: Any,
+        x: Tensor,
+        amax: Tensor,
+        num_bits: int,
+        unsigned: bool,
+        narrow_range: bool,
+        gradient_scale: float,
+        rounding: bool,
     ) -> Tensor:
         y = fake_quant(x, amax, num_bits, unsigned, narrow_range)
         # the layer behind keeps y for its own gradient: it costs no memory to keep it here too
         ctx.save_for_backward(x, amax, y)
         lowest, highest = integer_bounds(num_bits, unsigned, narrow_range)
-        ctx.lowest, ctx.gradient_scale = lowest / highest, gradient_scale
+        ctx.lowest, ctx.gradient_scale, ctx.rounding = lowest / highest, gradient_scale, rounding
         return y
 
     @staticmethod
@@ -29,10 +36,10 @@ class _Learned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, amax, y = ctx.saved_tensors
         inside = within_range(grad, x, ctx.lowest * amax, amax)
-        # dy/ds is y / s outside of the range and (y - x) / s inside: two products of whole tensors, and no mask
-        total = _summed(grad, y, amax) - _summed(inside, x, amax)
+        # dy/ds is y / s outside of the range and (y - x) / s inside (0 for PACT): two products of whole tensors, and no mask
+        total = _summed(grad, y, amax) - _summed(inside, x if ctx.rounding else y, amax)
         gradient = ctx.gradient_scale * total / amax.double().clamp_min(torch.finfo(torch.float32).tiny)
-        return inside, gradient.to(amax.dtype), None, None, None, None
+        return inside, gradient.to(amax.dtype), None, None, None, None, None
 
 
 def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -45,7 +52,13 @@ def _summed(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
 
 
 def fake_quant_learned(
-    inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool = False, narrow_range: bool = True, gradient_scale: float = 1.0
+    inputs: Tensor,
+    amax: Tensor,
+    num_bits: int,
+    unsigned: bool = False,
+    narrow_range: bool = True,
+    gradient_scale: float = 1.0,
+    rounding: bool = True,
 ) -> Tensor:
     """:func:`lq.functional.fake_quant.fake_tensor_quant` with a gradient for ``amax``.
 
@@ -56,6 +69,9 @@ def fake_quant_learned(
     (LSQ: Esser et al., 2020, arXiv:1902.08153, eq. 3); with amax by :math:`1 / Q_P` of that, summed over what shares it. That of
     ``inputs`` passes within the range, as ever.
 
+    Without ``rounding`` the first of the three is 0: amax learns only from what it clips (PACT: Choi et al., 2018,
+    arXiv:1805.06085, eq. 3).
+
     Args:
         inputs: any shape, floating.
         amax: float32, ``()`` or broadcastable to ``inputs``; not negative.
@@ -63,6 +79,7 @@ def fake_quant_learned(
         unsigned: use ``[0, 2**num_bits - 1]``.
         narrow_range: leave out the most negative code.
         gradient_scale: factor on the gradient of amax, as :func:`gradient_scale` computes it.
+        rounding: whether amax also learns from what is rounded within the range.
 
     >>> x, amax = torch.tensor([0.3, -0.8, 5.0]), torch.tensor(3.0, requires_grad=True)
     >>> y = fake_quant_learned(x, amax, num_bits=3)
@@ -70,13 +87,59 @@ def fake_quant_learned(
     (tensor([ 0., -1.,  3.], grad_fn=<_LearnedBackward>), tensor(0.8333))
     """
     if not in_pieces():
-        result: Tensor = _Learned.apply(inputs, amax, num_bits, unsigned, narrow_range, gradient_scale)  # type: ignore[no-untyped-call]
+        grid = (num_bits, unsigned, narrow_range)
+        result: Tensor = _Learned.apply(inputs, amax, *grid, gradient_scale, rounding)  # type: ignore[no-untyped-call]
         return result
     wide = inputs if inputs.dtype.itemsize >= 4 else inputs.float()
-    learned = amax * gradient_scale + (amax * (1 - gradient_scale)).detach()
-    scale = scale_from_amax(learned.to(wide.dtype), num_bits, unsigned)
-    codes = (wide / scale).clamp(*integer_bounds(num_bits, unsigned, narrow_range))
-    return ((codes + (codes.round() - codes).detach()) * scale).to(inputs.dtype)
+    scale = scale_from_amax(_scaled_gradient(amax, gradient_scale).to(wide.dtype), num_bits, unsigned)
+    lowest, highest = integer_bounds(num_bits, unsigned, narrow_range)
+    if not rounding:
+        clipped = torch.minimum(torch.maximum(wide, lowest * scale), highest * scale)
+        codes = (clipped.detach() / scale.detach()).round().clamp(lowest, highest)
+        return (clipped + (codes * scale.detach() - clipped).detach()).to(inputs.dtype)
+    codes = (wide / scale).clamp(lowest, highest)
+    return (_rounded(codes) * scale).to(inputs.dtype)
+
+
+def fake_quant_affine_learned(inputs: Tensor, low: Tensor, high: Tensor, num_bits: int, gradient_scale: float = 1.0) -> Tensor:
+    """:func:`lq.functional.affine.fake_affine_tensor_quant` with gradients for both ends of the range.
+
+    Those of LSQ+ (Bhalgat et al., 2020, arXiv:2004.09576, eq. 7), with the step :math:`s = (high - low) / (2^b - 1)` and the
+    offset :math:`\\beta = low`: the output changes with s as in :func:`fake_quant_learned`, and with :math:`\\beta` by 1 outside
+    of the range and not at all within. Zero stays on the grid.
+
+    Args:
+        inputs: any shape, floating.
+        low: smallest value, float32, ``()`` or broadcastable to ``inputs``; not positive.
+        high: largest value, likewise; not negative.
+        num_bits: width of the integer.
+        gradient_scale: factor on both gradients.
+
+    >>> x = torch.tensor([-2.0, 0.4, 5.0])
+    >>> low, high = torch.tensor([-1.0, 2.0], requires_grad=True).unbind()
+    >>> y = fake_quant_affine_learned(x, low, high, num_bits=2)
+    >>> y.tolist(), torch.autograd.grad(y[0], (low, high), retain_graph=True), torch.autograd.grad(y[2], (low, high))
+    ([-1.0, 0.0, 2.0], (tensor(1.), tensor(0.)), (tensor(0.), tensor(1.)))
+    """
+    wide = inputs if inputs.dtype.itemsize >= 4 else inputs.float()
+    low, high = (_scaled_gradient(end, gradient_scale).to(wide.dtype) for end in (low, high))
+    levels = 2**num_bits - 1
+    scale = ((high - low) / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    first = _rounded(low / scale)
+    codes = (wide / scale - first).clamp(0, levels)
+    codes = codes + ((wide / scale).round().sub(first).clamp(0, levels) - codes).detach()
+    result: Tensor = ((codes + first) * scale).to(inputs.dtype)
+    return result
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Whole numbers, with the gradient of ``x``."""
+    return x + (x.round() - x).detach()
+
+
+def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x``, whose gradient is multiplied."""
+    return x if factor == 1 else x * factor + (x * (1 - factor)).detach()
 
 
 def gradient_scale(features: int, num_bits: int, unsigned: bool = False) -> float:

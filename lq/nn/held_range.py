@@ -10,22 +10,21 @@ from lq.functional.checks import check_values
 from lq.functional.grid import Bits, scale_from_amax
 from lq.nn.clip import Clip
 from lq.nn.learned_range import LearnedRange
+from lq.nn.learned_step import LearnedStep
 
 
-class HeldRange(LearnedRange):
+class HeldRange(LearnedRange, LearnedStep):
     """A clipping magnitude, float32; of an affine quantizer the largest value, beside the smallest one."""
 
-    _low: Tensor | None
     _fits: bool
     num_bits: Bits
-    _buffers: dict[str, Tensor | None]
     _modules: dict[str, Any]
 
     @property
     def amax(self) -> Tensor | None:
         """Clipping magnitude: float32, ``()`` per tensor, else broadcastable to the input (or its :meth:`blocks`); the learned
         one if there is; ``None`` until set."""
-        amax, clip = self._buffers["_amax"], self._modules["clip"]  # a module finds its attributes by a slow way
+        amax, clip = self._held("_amax"), self._modules["clip"]
         if amax is None and isinstance(clip, Clip):
             return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()
         return amax
@@ -35,10 +34,17 @@ class HeldRange(LearnedRange):
         if self._frozen:
             raise RuntimeError("The quantizer is frozen, its amax must not change: call `lq.unfreeze_` first.")
         if value is None:
-            self._amax = self._low = self.clip = None
+            self.clip = None
+            if self.learns_step:  # an optimizer may have the parameters
+                self._waiting = True
+            else:
+                self._amax = self._low = None
             return
-        if self.quant_desc.affine and self._low is None:
+        if self.quant_desc.affine and self._held("_low") is None:
             raise RuntimeError("The quantizer is affine, its range has two ends: set `range`.")
+        self._set(value)
+
+    def _set(self, value: Tensor | float) -> None:
         amax = torch.as_tensor(value).detach().to(self.calibrator.device, torch.float32)
         check_values(amax)
         present = self.amax
@@ -48,14 +54,23 @@ class HeldRange(LearnedRange):
             with torch.no_grad():
                 self.clip.clip_value_max.copy_(amax)
                 self.clip.clip_value_min.copy_(-amax if not self.unsigned else 0 * amax)
-        elif self._amax is None:
+        else:
+            self._fill("_amax", amax)
+            if self.quant_desc.learn_amax is True:
+                self.init_learn_amax()
+
+    def _fill(self, name: str, value: Tensor) -> None:
+        """Give an end of the range a value: in place where there is one, so that whatever holds it sees the new value."""
+        held = getattr(self, name)
+        if held is not None and held.shape == value.shape:
+            with torch.no_grad():
+                held.copy_(value)
+        else:
             self._fits = False
             with torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
-                self._amax = amax.clone()
-            if self.quant_desc.learn_amax:
-                self.init_learn_amax()
-        else:  # in place, so that whatever holds the buffer sees the new value
-            self._amax.copy_(amax)
+                self._hold(name, value.clone())
+        if name == "_amax":
+            self._waiting = False
 
     @property
     def clipping(self) -> Tensor | None:
@@ -73,6 +88,9 @@ class HeldRange(LearnedRange):
         self._frozen = value
         if self.clip is not None:
             self.clip.requires_grad_(not value)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(not value)
 
     @property
     def scale(self) -> Tensor | None:
@@ -112,8 +130,9 @@ class HeldRange(LearnedRange):
         if self.clip is not None:
             return self.clip.clip_value_min.detach(), self.clip.clip_value_max.detach()
         if self.quant_desc.affine:
-            assert self._low is not None
-            return self._low, clipping
+            low = self._held("_low")
+            assert low is not None
+            return low, clipping
         return (torch.zeros_like(clipping) if self.unsigned else -clipping), clipping
 
     @range.setter
@@ -123,23 +142,22 @@ class HeldRange(LearnedRange):
         low, high = (torch.as_tensor(end).detach().to(self.calibrator.device, torch.float32) for end in value)
         if not bool(((low <= 0) & low.isfinite()).all()) or low.shape != high.shape:
             raise ValueError(f"`range` is {low.tolist()} to {high.tolist()}: both have one shape, and zero lies between them.")
-        present, self._low = self._low, torch.zeros_like(low) if self._low is None else self._low
-        try:
-            self.amax = high
-        except (RuntimeError, ValueError):
-            self._low = present
-            raise
-        self._low.copy_(low)
+        if self._frozen:
+            raise RuntimeError("The quantizer is frozen, its range must not change: call `lq.unfreeze_` first.")
+        self._set(high)
+        self._fill("_low", low)
 
     @property
     def _has_amax(self) -> bool:
         # asked several times in a forward, so it computes nothing
-        return self._buffers["_amax"] is not None or self._modules["clip"] is not None
+        if self._modules["clip"] is not None or self._buffers.get("_amax") is not None:
+            return True
+        return self.learns_step and not self._waiting
 
     def _scaled(self, amax: Tensor) -> Tensor:
         factor = self.quant_desc.scale_amax
         # a learned range needs no help, and values between the scaled and the learned bound would give neither a gradient
-        return amax if factor is None or self.clip is not None else amax * factor
+        return amax if factor is None or self.learned else amax * factor
 
     def _ranges(self) -> list[Tensor]:
         """The tensors that amax consists of: itself, or the bounds that are learned."""

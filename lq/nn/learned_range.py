@@ -1,5 +1,6 @@
-"""The range of a quantizer whose descriptor says ``learn_amax``: where it starts, and how it is saved."""
+"""The two-sided range of a quantizer whose descriptor says ``learn_amax=True``: where it starts, and how it is saved."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ class LearnedRange:
 
     _amax: Tensor | None
     _frozen: bool
+    _hold: Callable[[str, Tensor | None], None]
+    learns_step: bool
     calibrator: Calibrator
     clip: Clip | None
     quant_desc: QuantDescriptor
     unsigned: bool
+
+    @property
+    def learned(self) -> bool:
+        """Whether the range is learned."""
+        return self.clip is not None or self.learns_step
 
     def enable_clip(self) -> None:
         """Clip to the learned range also where nothing is quantized: a stage that learns it before quantization starts.
@@ -44,10 +52,14 @@ class LearnedRange:
             RuntimeError: the descriptor has no ``learn_amax``, or there is no amax yet.
         """
         self._require_learn_amax()
-        if self.clip is not None:
+        if self.learned:
             return
         if self._amax is None:
             raise RuntimeError("There is no amax to start learning from: calibrate first, or give the descriptor one.")
+        if self.quant_desc.learn_amax is not True:
+            for name in ("_amax", "_low"):
+                self._hold(name, getattr(self, name))
+            return
         amax, self._amax = self._amax, None
         self._learn(-amax, amax)
 
@@ -67,7 +79,7 @@ class LearnedRange:
             amax = state_dict.pop(f"{prefix}_amax")
             sides = {"max": amax} if self.unsigned else {"min": -amax, "max": amax}
             state_dict |= {f"{prefix}clip.clip_value_{side}": value for side, value in sides.items()}
-        if not self.quant_desc.learn_amax:
+        if self.quant_desc.learn_amax is not True:
             unexpected_keys += keys
         elif keys and self.clip is None:
             self._amax = None

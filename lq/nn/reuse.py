@@ -63,9 +63,11 @@ class KeptWeight(_Forgetful):
         self._key: tuple[Any, ...] = ()
         self._values: Tensor | None = None
 
-    def of(self, weight: Tensor, amax: Tensor, unsigned: bool, grid: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """The values, with the gradient of clipping to amax where one is asked for."""
-        key = (weight.data_ptr(), weight._version, weight.dtype, amax.data_ptr(), amax._version, *grid)
+    def of(
+        self, weight: Tensor, amax: Tensor, held: Tensor, unsigned: bool, grid: tuple[Any, ...], compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """The values, with the gradient of clipping to amax where one is asked for; amax follows from what is ``held``."""
+        key = (weight.data_ptr(), weight._version, weight.dtype, held.data_ptr(), held._version, *grid)
         if self._values is None or key != self._key:
             self._values = None  # before there is another
             with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode trains nothing afterwards

@@ -16,6 +16,7 @@ from lq.functional.fake_quant import fake_quant, quantize, straight_through
 from lq.nn.describe import describe
 from lq.nn.described import Described
 from lq.nn.held_range import HeldRange
+from lq.nn.learned_step import ENDS
 from lq.nn.pre_quant import PreQuant
 from lq.nn.reuse import KeptWeight, LastResult, can_be_reused
 from lq.nn.switches import Switches
@@ -105,11 +106,11 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
 
     @quant_desc.setter
     def quant_desc(self, value: QuantDescriptor) -> None:
-        if self.clip is not None and value.unsigned != self.unsigned:
+        if self.learned and value.unsigned != self.unsigned:
             raise RuntimeError("The range is learned, and `unsigned` decides which sides it has: set `amax` to None first.")
         if any(getattr(value, name) != getattr(self._quant_desc, name) for name in STATISTICS):
             self.calibrator = make_calibrator(value).to(self.calibrator.device)
-        if value.affine != self._quant_desc.affine and self._amax is not None:
+        if value.affine != self._quant_desc.affine and self._has_amax:
             raise RuntimeError("`affine` decides what the range is, and there is one: set `amax` to None first.")
         self._quant_desc, self._fits = value, False
         self.calibrator.num_bits, self.calibrator.unsigned = value.num_bits, value.unsigned
@@ -129,7 +130,8 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
     @property
     def fixed(self) -> bool:
         """Whether calibration leaves amax alone: it is frozen, learned, or given by the descriptor."""
-        return self._frozen or self.clip is not None or self.quant_desc.amax is not None
+        learned = self.learned and not self._waiting
+        return self._frozen or learned or self.quant_desc.amax is not None
 
     @property
     def _calibrator(self) -> Calibrator:
@@ -195,6 +197,8 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             inputs = self.clip(inputs)
         if not quantizes:
             return inputs
+        if self.learns_step and torch.is_grad_enabled() and self._on_export is None:
+            return self._process_learned(inputs)
         desc, amax = self.quant_desc, self.amax
         if desc.affine:
             return self._process_affine(inputs)
@@ -211,10 +215,10 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
         if (self._kept is None and self._last is None) or not can_be_reused(inputs):
             return fake_quant(inputs, amax, *grid)
         if self._kept is not None and self._amax is not None and isinstance(inputs, nn.Parameter):
-            return self._kept.of(inputs, amax, self.unsigned, grid, lambda: fake_quant(inputs, amax, *grid))
+            return self._kept.of(inputs, amax, self._amax, self.unsigned, grid, lambda: fake_quant(inputs, amax, *grid))
         if self._last is None or self._if_calib:
             return fake_quant(inputs, amax, *grid)
-        key = (amax._version, *grid)
+        key = (amax._version if self._amax is None else self._amax._version, *grid)
         result = self._last.get(inputs, key)
         if result is None:
             result = fake_quant(inputs, amax, *grid)
@@ -264,7 +268,7 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             # given, so a float checkpoint need not have it
             for name, value in self.state_dict(prefix=prefix).items():
                 state_dict.setdefault(name, value)
-        if self.quant_desc.learn_amax and f"{prefix}clip.clip_value_max" in state_dict:
+        if self.quant_desc.learn_amax is True and f"{prefix}clip.clip_value_max" in state_dict:
             # pytorch-quantization has the fixed amax beside the learned one, and two sides where only one is used
             for name in ("_amax", *["clip.clip_value_min"] * self.unsigned):
                 state_dict.pop(prefix + name, None)
@@ -275,12 +279,21 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             return
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
-                if name == "_amax" and not bool(((value >= 0) & value.isfinite()).all()):
+                # an optimizer may lead what is learned below zero, where it stands for its magnitude
+                positive = value.abs() if isinstance(self.quant_desc.learn_amax, str) else value
+                if name == "_amax" and not bool(((positive >= 0) & value.isfinite()).all()):
                     # pytorch-quantization saves NaN for layers that saw no data
                     args[4].append(f"`{prefix}_amax` is negative or not finite: calibrate this layer, or delete the key.")
-                setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
+                if name not in ENDS:
+                    setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
+        self._load_step(state_dict, prefix)
         self._fits = False
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.learns_step:
+            self._save_step(destination, prefix)
 
     def __repr__(self) -> str:
         return f"TensorQuantizer({self.extra_repr()})"

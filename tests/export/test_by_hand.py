@@ -142,6 +142,7 @@ INTEGERS = (
     QuantDescriptor(amax=0.0),
     QuantDescriptor(amax=1.0, scale_amax=0.7, narrow_range=False),
     QuantDescriptor(amax=1.0, learn_amax=True),
+    QuantDescriptor(amax=0.9, num_bits=4, learn_amax="lsq", narrow_range=False),
     QuantDescriptor(amax=CHANNELS, axis=1, narrow_range=False),
     QuantDescriptor(amax=CHANNELS, axis=-2),
     QuantDescriptor(amax=(1.0, 0.3, 0.01), axis=1, num_bits=5),

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 from torch.overrides import TorchFunctionMode
@@ -178,3 +180,24 @@ def test_nothing_is_kept_that_autograd_keeps_already(x):
         y = fake_quant(x, AMAX, 8, False, True)
     assert {t.data_ptr() for t in kept} == {x.data_ptr(), AMAX.data_ptr()}
     assert y.requires_grad
+
+
+def test_compiled_code_for_cpus_writes_no_mask_and_the_least_step_outside_is_outside():
+    saved = []
+
+    def keep(graph, _):
+        saved.extend(node.meta["val"].dtype for node in graph.graph.output_node().args[0] if node is not None)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    amax = torch.tensor(0.5)
+    x = torch.tensor([0.5, 0.5000001, 0.0, -1e-45, -0.5, torch.inf], requires_grad=True)
+    for unsigned, expected in ((False, [1, 0, 1, 1, 1, 0]), (True, [1, 0, 1, 0, 0, 0])):
+        run = torch.compile(lambda x, u=unsigned: fake_quant(x, amax, 8, u, True), fullgraph=True, backend=backend)
+        assert torch.autograd.grad(run(x).sum(), x)[0].tolist() == expected
+    assert saved
+    assert torch.bool not in saved

@@ -1,14 +1,16 @@
-"""LSQ against its formula, written out with autograd, and against finite differences."""
+"""LSQ, LSQ+ and PACT against their formulas, written out with autograd or in NumPy."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from lq.functional.affine import fake_affine_tensor_quant
 from lq.functional.fake_quant import fake_tensor_quant
 from lq.functional.grid import integer_bounds
-from lq.functional.learned import fake_quant_learned, gradient_scale
+from lq.functional.learned import fake_quant_affine_learned, fake_quant_learned, gradient_scale
 
 
 def reference(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
@@ -68,13 +70,50 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("shape", [(), (1, 5, 1)])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_clipping_is_learned_from_what_is_clipped(shape, unsigned):
+    """PACT, eq. 3: the gradient is 1 above amax (-1 below -amax), and 0 elsewhere."""
+    x, weights = torch.randn(3, 5, 64), torch.randn(3, 5, 64)
+    amax = (0.5 + torch.rand(shape)).requires_grad_()
+    y = fake_quant_learned(x, amax, 4, unsigned, rounding=False)
+    assert torch.equal(y, fake_quant_learned(x, amax, 4, unsigned))
+    found = torch.autograd.grad((y * weights).sum(), amax)[0]
+    values, bound = x.numpy(), amax.detach().numpy()
+    signs = (values > bound) * 1.0 - (values < -bound) * (not unsigned)
+    axes = (0, 2) if shape else (0, 1, 2)
+    expected = (signs * weights.numpy()).sum(axes, keepdims=bool(shape))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.3, 0.9), (0.0, 2.0), (-0.5, 0.0)])
+def test_both_ends_of_an_affine_range_learn(low, high):
+    """LSQ+, eq. 7 and 8, with the offset where zero is on the grid."""
+    x, weights, levels = torch.randn(512), torch.randn(512), 15
+    ends = torch.tensor([low, high], requires_grad=True)
+    y = fake_quant_affine_learned(x, *ends.unbind(), num_bits=4)
+    torch.testing.assert_close(y, fake_affine_tensor_quant(x, low, high, 4), rtol=0, atol=1e-6)
+    found = torch.autograd.grad((y * weights).sum(), ends)[0].numpy()
+    values, g = x.double().numpy(), weights.double().numpy()
+    step = (high - low) / levels
+    first = np.round(low / step)
+    codes = np.round(values / step) - first
+    inside = (values / step >= first) & (values / step <= levels + first)
+    # what the code alone says of the step, beside the part of the offset
+    by_step = np.where(inside, codes + first - values / step, np.clip(codes, 0, levels) + first - low / step)
+    by_offset = np.where(inside, 0, 1)
+    expected = [(g * (by_offset - by_step / levels)).sum(), (g * by_step / levels).sum()]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(), (4, 1)])
-def test_compiled_it_has_the_same_gradients(shape):
+@pytest.mark.parametrize("rounding", [True, False])
+def test_compiled_it_has_the_same_gradients(shape, rounding):
     x, amax = torch.randn(4, 64).requires_grad_(), torch.full(shape, 1.3).requires_grad_()
     weights = torch.randn(4, 64)
 
     def run(function):
-        return torch.autograd.grad((function(x, amax, 4, False, True, 0.5) * weights).sum(), (x, amax))
+        return torch.autograd.grad((function(x, amax, 4, False, True, 0.5, rounding) * weights).sum(), (x, amax))
 
     compiled = torch.compile(fake_quant_learned, fullgraph=True, backend="aot_eager")
     for found, expected in zip(run(compiled), run(fake_quant_learned), strict=True):
