@@ -56,7 +56,12 @@ class Calibrator(Metric):
 
     def collect(self, x: Tensor) -> None:
         """Take the statistics of ``x``: any shape, a floating dtype, the same kept dimensions each time."""
-        self.update(x)
+        if not torch.compiler.is_compiling():
+            self.update(x)
+            return
+        # torchmetrics counts updates in a Python number: code that reads it would be compiled anew for each batch
+        type(self).update(self, x)
+        self._update_count, self._computed = 1, None
 
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` as rows with their largest magnitudes, which also go into ``peak``."""

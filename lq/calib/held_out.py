@@ -30,6 +30,9 @@ class HeldOutCalibrator(HistogramCalibrator):
         super().__init__(*args, **kwargs)
         self.add_state("held_out", torch.zeros_like(self.counts), dist_reduce_fx="sum")
 
+    def collect(self, x: Tensor) -> None:
+        self.update(x)  # counted, compiled too: the count says which batches are held out
+
     def update(self, x: Tensor) -> None:
         """Count the magnitudes of ``x``."""
         counts, exponent = self.counts, self.exponent

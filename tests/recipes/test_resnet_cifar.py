@@ -45,8 +45,8 @@ def test_experiment(tmp_path):
                 Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{i}.png")
     torch.save(ResNetCifar().state_dict(), tmp_path / "weights.pt")
     told = [
-        *("experiment=cifar10_resnet20", "data.path=pictures", "data.cache=cache", "data.batch_size=30", "ckpt_path=weights.pt"),
-        *("quant.input.num_bits=4", "quant.input.unsigned=true", "quant.weight.num_bits=4", "schedule.epochs=1", "logger=csv"),
+        *("experiment=cifar10_low_bits", "data.path=pictures", "data.cache=cache", "data.batch_size=30", "ckpt_path=weights.pt"),
+        *("quant=w4a4", "export=onnx", "schedule.epochs=1", "logger=csv"),
         *("calib.batches=1", "trainer.enable_progress_bar=false", "hydra.run.dir=out"),
     ]
     env = os.environ | {"COLUMNS": "150"}
