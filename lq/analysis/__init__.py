@@ -2,5 +2,16 @@
 
 from lq.analysis.calibration import calibration_rows, calibration_table
 from lq.analysis.quantizer_stats import LayerRow, QuantizerStats, measuring, table
+from lq.analysis.sensitivity import Sensitivity, SensitivityRow, sensitivity
 
-__all__ = ["LayerRow", "QuantizerStats", "calibration_rows", "calibration_table", "measuring", "table"]
+__all__ = [
+    "LayerRow",
+    "QuantizerStats",
+    "Sensitivity",
+    "SensitivityRow",
+    "calibration_rows",
+    "calibration_table",
+    "measuring",
+    "sensitivity",
+    "table",
+]

@@ -5,9 +5,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from lq.analysis.output_error import signal_and_noise
 from lq.analysis.outputs import OUTPUT
 from lq.analysis.quantizer_stats import decibels
 from lq.nn.evaluating import evaluating
@@ -50,7 +50,7 @@ def layer_sqnr(reference: nn.Module, model: nn.Module, batches: Iterable[tuple[A
                 found[OUTPUT] = [one(*batch)]
             for name in outputs[1]:
                 before = energies.get(name, (0.0, 0.0))
-                signal, noise = _energies(outputs[0].get(name, []), outputs[1][name])
+                signal, noise = signal_and_noise(outputs[0].get(name, []), outputs[1][name])
                 energies[name] = before[0] + signal, before[1] + noise
     return {name: round(decibels(*energies[name]), 2) for name in [*names, OUTPUT] if name in energies}
 
@@ -67,12 +67,3 @@ def _outputs(stack: ExitStack, model: nn.Module, names: list[str]) -> dict[str, 
     for name in names:
         stack.callback(model.get_submodule(name).register_forward_hook(hook(name)).remove)
     return found
-
-
-def _energies(expected: list[Any], actual: list[Any]) -> Energies:
-    signal = noise = 0.0
-    for e, a in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
-        if isinstance(e, Tensor) and e.is_floating_point():
-            signal += float(e.double().square().sum())
-            noise += float((a.double() - e.double()).square().sum())
-    return signal, noise

@@ -1,0 +1,65 @@
+"""The figure of a sensitivity."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lq.analysis.figures import BLUE, GREY, ORANGE, STYLE, WIDTH
+from lq.analysis.tables import is_share
+
+if TYPE_CHECKING:
+    from lq.analysis.sensitivity import Sensitivity, SensitivityRow
+
+# More rows than this have no room for their names.
+MAX_ROWS = 60
+
+
+def save_sensitivity(found: "Sensitivity", path: Path) -> Path:
+    """Write the figure as PNG."""
+    with rc_context(STYLE):
+        draw_sensitivity(found).savefig(path)
+    return path
+
+
+def draw_sensitivity(found: "Sensitivity") -> Figure:
+    """A row for each quantizer or layer, the most sensitive first: the output's SQNR, and the metric where there is one."""
+    rows = found.rows[:MAX_ROWS]
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.26 * max(3, len(rows))))
+    axes = figure.subplots(1, 1 if found.metric_name is None else 2, squeeze=False, sharey=True)[0]
+    axes[0].set_yticks(range(len(rows)), [f"{row.name}  {row.bits}" for row in rows], color="black")
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    _pairs(axes[0], [(row.alone.sqnr_db, row.without.sqnr_db) for row in rows])
+    axes[0].axvline(found.quantized.sqnr_db, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="all quantized")
+    axes[0].set_xlabel("SQNR of the output (dB), more is better")
+    if found.metric_name is not None:
+        _draw_metric(axes[1], found, rows)
+    if len(found.rows) > MAX_ROWS:
+        axes[0].set_title(f"the first {MAX_ROWS} of {len(found.rows)}", loc="left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return figure
+
+
+def _draw_metric(ax: Axes, found: "Sensitivity", rows: "tuple[SensitivityRow, ...]") -> None:
+    assert found.metric_name is not None
+    pairs = [(row.alone.metric, row.without.metric) for row in rows]
+    ends = (found.quantized.metric, found.float_metric)
+    factor, unit = (100.0, " (%)") if is_share(found.metric_name, [v for pair in [*pairs, ends] for v in pair]) else (1.0, "")
+    _pairs(ax, [(factor * alone, factor * without) for alone, without in pairs])
+    ax.axvline(factor * ends[0], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    ax.axvline(factor * ends[1], color="black", linewidth=1)
+    ax.set_xlabel(f"{found.metric_name}{unit}; black line: float")
+
+
+def _pairs(ax: Axes, pairs: list[tuple[float, float]]) -> None:
+    """Two dots in each row, joined; what is not finite is left out."""
+    values = np.array(pairs)
+    values[~np.isfinite(values)] = np.nan
+    places = np.arange(len(pairs))
+    ax.hlines(places, values[:, 0], values[:, 1], color=GREY, linewidth=0.8, zorder=1)
+    for column, colour, label in ((0, BLUE, "it alone quantized"), (1, ORANGE, "all but it quantized")):
+        ax.scatter(values[:, column], places, color=colour, s=26, label=label, zorder=2)
+    ax.grid(axis="y", visible=False)
