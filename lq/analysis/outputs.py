@@ -1,9 +1,8 @@
 """What is left of layers' outputs in a quantized model, correction by correction."""
 
-import math
 from collections.abc import Mapping
 
-from lq.analysis.tables import NOTHING, Table
+from lq.analysis.tables import Table, decibels_text
 from lq.corrections import Corrections
 
 # The name of the model's own output.
@@ -47,7 +46,9 @@ def sqnr_table(sqnr: StagesSqnr) -> Table:
     | fc | 20.0 |
     | model | 12.5 |
     """
-    rows = [[layer or "model", *(_decibels(found.get(layer)) for found in sqnr.values())] for layer in [*layers_of(sqnr), OUTPUT]]
+    rows = [
+        [layer or "model", *(decibels_text(found.get(layer)) for found in sqnr.values())] for layer in [*layers_of(sqnr), OUTPUT]
+    ]
     return Table("SQNR of outputs (dB)", ["Layer", *map(label, sqnr)], rows)
 
 
@@ -59,9 +60,3 @@ def correction_table(corrected: Mapping[str, Corrections], left: Mapping[str, st
         rows += [[LABELS.get(name, name), where or "model", f"left: {why}"] for where, why in found.left.items()]
     rows += [["calibrated", name, f"left: {why}"] for name, why in (left or {}).items()]
     return Table("Corrections", ["Correction", "Layer", "What"], rows)
-
-
-def _decibels(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return NOTHING
-    return f"{value:.1f}" if math.isfinite(value) else "∞" if value > 0 else "-∞"

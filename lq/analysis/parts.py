@@ -1,6 +1,5 @@
 """The parts of a quantized model that are switched on and off: a quantizer, or a layer with all that it has."""
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ class Site:
     """A place in a layer where a quantizer is at work: on a weight, or on anything else that the layer takes."""
 
     layer: str
+    role: str
     kind: Kind
     quantizer: TensorQuantizer
 
@@ -91,14 +91,13 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             weights = module.weights()
             for role, quantizer in module.quantizers().items():
                 if quantizer.active:
-                    yield Site(name, "weight" if role in weights else "input", quantizer)
+                    yield Site(name, role, "weight" if role in weights else "input", quantizer)
 
 
-@contextmanager
-def separated(model: nn.Module, copying: Callable[[TensorQuantizer], TensorQuantizer] = copy.copy) -> Iterator[None]:
-    """Inside the block each layer has quantizers of its own, also where it shares one.
+def separate_(model: nn.Module, copying: Callable[[TensorQuantizer], TensorQuantizer]) -> Callable[[], None]:
+    """Give each layer quantizers of its own, in place, also where it shares one; what is returned undoes it.
 
-    What takes one tensor shares a quantizer; whether a layer is quantized is a matter of that layer.
+    What takes one tensor shares a quantizer; whether a layer is quantized, and to which width, is a matter of that layer.
     """
     seen: set[TensorQuantizer] = set()
     shared = []
@@ -107,13 +106,14 @@ def separated(model: nn.Module, copying: Callable[[TensorQuantizer], TensorQuant
             if quantizer in seen:
                 shared.append((module, f"{role}_quantizer", quantizer))
             seen.add(quantizer)
-    try:
-        for module, name, quantizer in shared:
-            setattr(module, name, copying(quantizer))
-        yield
-    finally:
+
+    def undo() -> None:
         for module, name, quantizer in shared:
             setattr(module, name, quantizer)
+
+    for module, name, quantizer in shared:
+        setattr(module, name, copying(quantizer))
+    return undo
 
 
 @contextmanager

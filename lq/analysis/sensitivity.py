@@ -1,5 +1,6 @@
 """Which quantizers, or layers, cost the most: each alone switched on, and each alone switched off."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -9,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from lq.analysis.output_error import Effect, MetricLike, OutputError, name_of
-from lq.analysis.parts import By, Kind, find_parts, separated, switching
+from lq.analysis.parts import By, Kind, find_parts, separate_, switching
 from lq.analysis.rules import descriptors_of, rules_of
-from lq.analysis.tables import NOTHING, Table, is_share, number, percent
+from lq.analysis.tables import Table, decibels_text, is_share, number, percent
 from lq.descriptor import QuantDescriptor, QuantRule
 from lq.functional.grid import Bits
 from lq.nn.evaluating import evaluating
@@ -78,17 +79,18 @@ class Sensitivity:
         return [rule for rule in rules if rule.input or rule.weight]
 
     def table(self) -> Table:
-        """A row for each, and one for all of them together."""
-        columns = ["Quantized", "Bits", "Alone (MSE)", "Alone (dB)", "All but it (dB)"]
-        rows = [[r.name, r.bits, number(r.alone.mse), _decibels(r.alone), _decibels(r.without)] for r in self.rows]
-        rows.append(["all", "", number(self.quantized.mse), _decibels(self.quantized), ""])
+        """A row for each, and one for all of them together, and for none."""
+        columns, title = ["Quantized", "Bits", "Alone (dB)", "All but it (dB)"], "Sensitivity of the output"
+        rows = [[row.name, row.bits, decibels_text(row.alone.sqnr_db), decibels_text(row.without.sqnr_db)] for row in self.rows]
+        rows.append(["all", "", decibels_text(self.quantized.sqnr_db), "∞"])
         if self.metric_name is not None:
             values = [(row.alone.metric, row.without.metric) for row in self.rows] + [(self.quantized.metric, self.float_metric)]
             share = is_share(self.metric_name, [value for pair in values for value in pair])
-            columns += [f"{self.metric_name}{' %' * share} (alone)", f"{self.metric_name}{' %' * share} (all but it)"]
+            title += f" and of {self.metric_name}{' (%)' * share}"
+            columns += ["Alone (metric)", "All but it (metric)"]
             for row, pair in zip(rows, values, strict=True):
                 row += [percent(value) if share else number(value) for value in pair]
-        return Table("Sensitivity of the output", columns, rows)
+        return Table(title, columns, rows)
 
     def records(self) -> dict[str, Any]:
         """All figures in plain types."""
@@ -143,7 +145,8 @@ def sensitivity(
     """
     with ExitStack() as stack:
         if by == "layer":
-            stack.enter_context(separated(model))
+            # copies that share everything but the switches
+            stack.callback(separate_(model, copy.copy))
         parts = find_parts(model, by)
         switch = stack.enter_context(switching(parts))
         stack.enter_context(evaluating(model))
@@ -177,8 +180,3 @@ def _spared(layer: str, rule: QuantRule, sites: set[tuple[str, Kind]], num_bits:
         return None if num_bits is None else desc.replace(num_bits=num_bits)
 
     return replace(rule, input=chosen("input", rule.input), weight=chosen("weight", rule.weight))
-
-
-def _decibels(effect: Effect) -> str:
-    text = number(effect.sqnr_db)
-    return text if text in (NOTHING, "∞", "-∞") else f"{effect.sqnr_db:.1f}"

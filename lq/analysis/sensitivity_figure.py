@@ -1,4 +1,4 @@
-"""The figure of a sensitivity."""
+"""The figures of a sensitivity, and of what it is good for."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from lq.analysis.figures import BLUE, GREY, ORANGE, STYLE, WIDTH
 from lq.analysis.tables import is_share
 
 if TYPE_CHECKING:
+    from lq.analysis.front import Front
     from lq.analysis.sensitivity import Sensitivity, SensitivityRow
 
 # More rows than this have no room for their names.
@@ -63,3 +64,34 @@ def _pairs(ax: Axes, pairs: list[tuple[float, float]]) -> None:
     for column, colour, label in ((0, BLUE, "it alone quantized"), (1, ORANGE, "all but it quantized")):
         ax.scatter(values[:, column], places, color=colour, s=26, label=label, zorder=2)
     ax.grid(axis="y", visible=False)
+
+
+def save_front(found: "Front", path: Path) -> Path:
+    """Write the figure as PNG."""
+    with rc_context(STYLE):
+        draw_front(found).savefig(path)
+    return path
+
+
+def draw_front(found: "Front") -> Figure:
+    """What mixed widths are worth beside one width everywhere: the output's SQNR, and the metric where there is one."""
+    figure = Figure(figsize=(WIDTH, 3.2))
+    axes = figure.subplots(1, 1 if found.metric_name is None else 2, squeeze=False)[0]
+    for allocations, colour, marker, label in (
+        (found.allocated, BLUE, "o", "allocated"),
+        (found.uniform, ORANGE, "s", "one width everywhere"),
+    ):
+        costs = [found.cost(a) for a in allocations]
+        axes[0].plot(costs, [a.effect.sqnr_db for a in allocations], color=colour, marker=marker, markersize=4, label=label)
+        if found.metric_name is not None:
+            factor, unit = (100.0, " (%)") if is_share(found.metric_name, [found.float_metric]) else (1.0, "")
+            values = [factor * a.effect.metric for a in allocations]
+            axes[1].plot(costs, values, color=colour, marker=marker, markersize=4)
+            axes[1].axhline(factor * found.float_metric, color="black", linewidth=1)
+            axes[1].set_ylabel(f"{found.metric_name}{unit}; black line: float")
+    axes[0].set_ylabel("SQNR of the output (dB)")
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.set_xlabel(found.unit)
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure

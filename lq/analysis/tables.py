@@ -85,6 +85,15 @@ def number(value: float | None) -> str:
     return f"{value:#.4g}"
 
 
+def decibels_text(value: float | None) -> str:
+    """One digit; infinities and missing values by a sign.
+
+    >>> decibels_text(20.04), decibels_text(float("inf"))
+    ('20.0', '∞')
+    """
+    return number(value) if value is None or not math.isfinite(value) else f"{value:.1f}"
+
+
 def percent(share: float, digits: int = 2) -> str:
     """A share as a percentage, without the sign.
 
