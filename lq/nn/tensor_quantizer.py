@@ -191,8 +191,7 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             # negative values are clipped behind a shift, and not refused
             self.calibrator.collect(inputs if self._pre_quant_shift is None else inputs.clamp_min(0))
         quantizes = self.active
-        # compiled code must not ask whether eager code has looked: it would be compiled again
-        if (torch.compiler.is_compiling() or not self._fits) and (quantizes or self._if_clip):
+        if not self._fits and (quantizes or self._if_clip):
             self._fit(inputs)
         if self.clip is not None and (self._if_clip or self._if_quant):
             inputs = self.clip(inputs)

@@ -56,7 +56,11 @@ def float_weights(tmp_path_factory):
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group, option in sorted(OPTIONS)])
 def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice):
-    cfg = config(tmp_path, choice, *["data.path=pictures"] * (choice in ("data=images", "experiment=cifar10_resnet20")))
+    cfg = config(
+        tmp_path,
+        choice,
+        *["data.path=pictures"] * (choice in ("data=images", "experiment=cifar10_resnet20", "experiment=cifar10_low_bits")),
+    )
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for group in ("data", "model"):
         instantiate(cfg[group])
