@@ -1,7 +1,13 @@
 """What all tests share."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # a worker per core, each with one thread: the tensors here are too small to share
 torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lq.functional import fused
 from lq.functional.checks import check_broadcast
 from lq.functional.fake_quant import widened
 from lq.functional.gradient import with_gradient, within_range
@@ -34,9 +35,14 @@ def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> T
     return codes.sub_(-first).mul_(scale).to(x.dtype)
 
 
+def _affine_kernel(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
+    real = fused.rounded(x, low, high, 0, 2**num_bits - 1, None) if low.shape == high.shape else None
+    return _fake_quant_affine(x, low, high, num_bits) if real is None else real
+
+
 _affine = define(
     "fake_quant_affine(Tensor x, Tensor low, Tensor high, int num_bits) -> Tensor",
-    _fake_quant_affine,
+    _affine_kernel,
     lambda grad, x, low, high, num_bits: within_range(grad, x, low, high),
 )
 

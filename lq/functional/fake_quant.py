@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq.functional import fused
 from lq.functional.checks import check_codes, checked_amax
 from lq.functional.gradient import with_gradient, within_amax
 from lq.functional.grid import FLOAT_FORMATS, Bits, check_num_bits, integer_bounds, largest_code, scale_from_amax
@@ -40,14 +41,25 @@ def _fake_quant_float(x: Tensor, amax: Tensor, exponent_bits: int, mantissa_bits
     return torch.div(wide, scale).clamp_(-largest, largest).to(FLOAT_FORMATS[bits]).to(wide.dtype).mul_(scale).to(x.dtype)
 
 
+def _integers_kernel(x: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    real = fused.rounded(x, amax, amax, *integer_bounds(num_bits, unsigned, narrow_range), num_bits)
+    return _fake_quant(x, amax, num_bits, unsigned, narrow_range) if real is None else real
+
+
+def _floats_kernel(x: Tensor, amax: Tensor, *bits: int) -> Tensor:
+    largest = largest_code(bits)  # type: ignore[arg-type]
+    real = fused.rounded(x, amax, amax, -largest, largest, bits)  # type: ignore[arg-type]
+    return _fake_quant_float(x, amax, *bits) if real is None else real
+
+
 _integers = define(
     "fake_quant(Tensor x, Tensor amax, int num_bits, bool unsigned, bool narrow_range) -> Tensor",
-    _fake_quant,
+    _integers_kernel,
     lambda grad, x, amax, num_bits, unsigned, narrow_range: within_amax(grad, x, amax, unsigned),
 )
 _floats = define(
     "fake_quant_float(Tensor x, Tensor amax, int exponent_bits, int mantissa_bits) -> Tensor",
-    _fake_quant_float,
+    _floats_kernel,
     lambda grad, x, amax, *bits: within_amax(grad, x, amax, False),
 )
 

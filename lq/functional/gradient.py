@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lq.functional import fused
 from lq.functional.operators import Function, define
 
 
@@ -32,6 +33,8 @@ def _step(bound: Tensor) -> tuple[float, float]:
 
 def _within_range(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``grad`` where ``low <= x <= high``, else 0."""
+    if (at_once := fused.masked(grad, x, low, high)) is not None:
+        return at_once
     result, low, high = torch.empty_like(grad), low.to(x.dtype), high.to(x.dtype)
     if x.device.type == "cpu" and low.numel() == high.numel() == 1:
         (lowest, down), (highest, up) = _step(low), _step(high)
@@ -43,6 +46,8 @@ def _within_range(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _within_amax(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
     """``grad`` where ``-amax <= x <= amax`` (``0 <= x <= amax`` if unsigned), else 0."""
+    if (at_once := fused.masked(grad, x, None, amax, ratio=-1.0 * (not unsigned))) is not None:
+        return at_once
     result, amax = torch.empty_like(grad), amax.to(x.dtype)
     if x.device.type == "cpu" and amax.numel() == 1:
         highest, up = _step(amax)

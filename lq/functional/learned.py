@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lq.functional import fused
 from lq.functional.fake_quant import fake_quant
 from lq.functional.gradient import within_range
 from lq.functional.grid import integer_bounds, largest_code, scale_from_amax
@@ -27,15 +28,19 @@ class _Learned(torch.autograd.Function):
         y = fake_quant(x, amax, num_bits, unsigned, narrow_range)
         # the layer behind keeps y for its own gradient: it costs no memory to keep it here too
         ctx.save_for_backward(x, amax, y)
-        lowest, highest = integer_bounds(num_bits, unsigned, narrow_range)
-        ctx.lowest, ctx.gradient_scale, ctx.rounding = lowest / highest, gradient_scale, rounding
+        ctx.bounds = integer_bounds(num_bits, unsigned, narrow_range)
+        ctx.gradient_scale, ctx.rounding = gradient_scale, rounding
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, amax, y = ctx.saved_tensors
-        inside = within_range(grad, x, ctx.lowest * amax, amax)
+        at_once = fused.learned(grad, x, amax, ctx.bounds, ctx.gradient_scale, ctx.rounding)
+        if at_once is not None:
+            return *at_once, None, None, None, None, None
+        lowest, highest = ctx.bounds
+        inside = within_range(grad, x, lowest / highest * amax, amax)
         # dy/ds is y / s outside of the range and (y - x) / s inside (0 for PACT): two products of whole tensors, and no mask
         total = _summed(grad, y, amax) - _summed(inside, x if ctx.rounding else y, amax)
         gradient = ctx.gradient_scale * total / amax.double().clamp_min(torch.finfo(torch.float32).tiny)
