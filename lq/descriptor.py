@@ -68,6 +68,10 @@ class QuantDescriptor:
         num_bins: resolution of the histogram.
         block_size: as many values along the last dimension share an amax, beside ``axis``; ``None``: no blocks.
         affine: codes from 0 to ``2**num_bits - 1`` for a range with two ends, and so a zero point.
+        normalize: for weights: amax is in units of their root mean square (of each channel with ``axis``), which is given back
+            behind the rounding: the range, learned or not, follows the weights while they train, and a layer computes at first
+            what it would without. ``"center"`` also takes their mean away, for good, as weight normalization does (APoT: Li et
+            al., 2020, arXiv:1909.13144, section 3): another function, which training has to get used to.
 
     Raises:
         ValueError: a field out of its range, or two that contradict each other.
@@ -94,6 +98,7 @@ class QuantDescriptor:
     num_bins: int = 2048
     block_size: int | None = None
     affine: bool = False
+    normalize: bool | str = False
 
     def __post_init__(self) -> None:
         for name in ("num_bits", "axis", "amax"):
@@ -108,6 +113,8 @@ class QuantDescriptor:
             value = getattr(self, name)
             if not isinstance(value, bool) and value not in LEARNING:
                 raise TypeError(f"`{name}` is {value!r}: it must be true or false.")
+        if not isinstance(self.normalize, bool) and self.normalize != "center":
+            raise ValueError(f"`normalize` is {self.normalize!r}: it must be true, false or 'center'.")
         if not isinstance(self.name, str | None):
             raise TypeError(f"`name` is {self.name!r}: it must be text.")
         check_num_bits(self.num_bits, self.unsigned)
@@ -118,6 +125,9 @@ class QuantDescriptor:
         self._check_axis()
         self._check_amax()
         self._check_affine()
+        if self.normalize and (self.unsigned or self.learn_amax is True):
+            found = "unsigned" if self.unsigned else "learn_amax"
+            raise ValueError(f"`normalize` is {self.normalize!r}, which does not go with `{found}=True`: leave one out.")
         if isinstance(self.learn_amax, str) and (isinstance(self.num_bits, tuple) or not self.fake_quant):
             raise ValueError(f"`learn_amax` is {self.learn_amax!r}, which is for integers (`num_bits`) and `fake_quant=True`.")
         if isinstance(self.num_bits, tuple) and not self.fake_quant:
@@ -130,7 +140,13 @@ class QuantDescriptor:
             return
         if isinstance(self.num_bits, tuple):
             raise ValueError(f"`affine` is True with `num_bits={self.num_bits}`: floats have no zero point.")
-        allowed = {"unsigned": (False,), "fake_quant": (True,), "learn_amax": (False, "lsq"), "block_size": (None,)}
+        allowed = {
+            "unsigned": (False,),
+            "fake_quant": (True,),
+            "learn_amax": (False, "lsq"),
+            "block_size": (None,),
+            "normalize": (False,),
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`affine` is True, which does not go with `{name}={getattr(self, name)}`: leave one out.")
@@ -211,6 +227,8 @@ class QuantRule:
                 object.__setattr__(self, name, desc)
             if desc is not None and not isinstance(desc, QuantDescriptor):
                 raise TypeError(f"`{name}` of rule {self.pattern!r} is {desc!r}: it must be a QuantDescriptor or None.")
+        if self.input is not None and self.input.normalize:
+            raise ValueError(f"`input` of rule {self.pattern!r} has `normalize`, which is for weights: give it to `weight`.")
         types = _frozen((self.types,) if isinstance(self.types, str) else self.types)
         if types is not None and not (isinstance(types, tuple) and all(isinstance(t, str) for t in types)):
             raise TypeError(f"`types` of rule {self.pattern!r} is {self.types!r}: it must be names of classes.")

@@ -55,6 +55,7 @@ def calibration_rows(model: nn.Module) -> list[LayerRow]:
 def _measured(quantizer: TensorQuantizer, weight: Tensor) -> QuantizerStats:
     """What quantization does to a weight, which is all there."""
     assert quantizer.clipping is not None
+    weight = quantizer.normalized(quantizer.blocks(weight)).reshape(weight.shape)
     blocks, stats = quantizer.blocks(weight), QuantizerStats()
     desc = quantizer.quant_desc
     if desc.affine:

@@ -199,6 +199,10 @@ def _hook(stats: QuantizerStats) -> Any:
         x = quantizer.arriving(args[0].detach())
         # without fake quantization the output is codes
         q = output.detach() if quantizer.fake_quant else (quantizer.blocks(output.detach()) * scale).reshape(x.shape)
+        if quantizer.quant_desc.normalize:  # in units of amax
+            _, spread = quantizer.centered(quantizer.blocks(x))
+            q = (quantizer.blocks(q) / spread).reshape(x.shape) if quantizer.fake_quant else q
+            x = quantizer.normalized(quantizer.blocks(x)).reshape(x.shape)
         stats.update(quantizer, x, q)
 
     return measure

@@ -1,5 +1,6 @@
 """Callbacks for any Trainer: they own *when*; what is done are functions that work without Lightning too."""
 
+from lq.callbacks.batchnorm import ReestimateBatchNorm
 from lq.callbacks.delay import QuantDelay
 from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
@@ -19,5 +20,6 @@ __all__ = [
     "QuantMonitor",
     "QuantizationAwareTraining",
     "Quantize",
+    "ReestimateBatchNorm",
     "ScaleFreeze",
 ]

@@ -1,5 +1,6 @@
 """Changes to a model that leave its float output as it is, and make it easier to quantize; or make up for what was lost by it."""
 
+from lq.corrections.batchnorm import batchnorms, reestimate_batchnorm_, reestimating_batchnorm
 from lq.corrections.bias import weights_bias_correction_
 from lq.corrections.equalization import activation_channel_equalization_
 from lq.corrections.input_scaling import input_scaling_
@@ -14,8 +15,11 @@ __all__ = [
     "Correction",
     "Corrections",
     "activation_channel_equalization_",
+    "batchnorms",
     "input_scaling_",
     "power_of_two",
+    "reestimate_batchnorm_",
+    "reestimating_batchnorm",
     "relu_unbound_correction_",
     "shift_negative_activation_correction_",
     "weights_bias_correction_",

@@ -35,8 +35,8 @@ def enable_onnx_export() -> Iterator[None]:
     Raises:
         ImportError: the extra ``export`` is not installed.
         ValueError: on the export, for quantizers that Q/DQ cannot express, named: no amax, collecting statistics,
-            ``fake_quant=False``, codes beyond int8 (unsigned 8 bits), float formats but E4M3, several axes, or blocks; for an
-            ``opset_version`` below 13, or 19 with FP8; and for inputs that are not float32 (torch makes a
+            ``fake_quant=False``, ``normalize``, codes beyond int8 (unsigned 8 bits), float formats but E4M3, several axes, or
+            blocks; for an ``opset_version`` below 13, or 19 with FP8; and for inputs that are not float32 (torch makes a
             ``TorchExportError`` of this one with ``dynamo=True``).
 
     >>> with enable_onnx_export():
@@ -53,6 +53,8 @@ def enable_onnx_export() -> Iterator[None]:
         quantizers = dict(named_quantizers(model)) if isinstance(model, nn.Module) else {}
         if quantizers:
             check_quantizers(model, formats=[E4M3])
+            if normalized := [name for name, quantizer in quantizers.items() if quantizer.quant_desc.normalize]:
+                raise ValueError(f"`{normalized[0]}` has `normalize`: call `lq.nn.normalized.fold_normalized_(model)` first.")
         opset_version = _checked_opset(quantizers, opset_version)
         try:
             for quantizer in quantizers.values():

@@ -20,6 +20,7 @@ from lq.export.inputs import batch_shapes, checked_inputs, name_caught_
 from lq.export.recentre import recentre_
 from lq.export.scales import fix_learned_scales_, raise_dead_scales_, round_weights_
 from lq.nn.example import on_device_of
+from lq.nn.normalized import fold_normalized_
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -152,6 +153,7 @@ def _export(
         if dtype != torch.float32:
             # scales and codes are found in float32
             model.float()
+        fold_normalized_(model)
         fix_learned_scales_(model)
         fold_batchnorm_(model, *_in_precision(torch.float32, (args, kwargs)))
         recentre_(model)

@@ -29,6 +29,7 @@ def describe(quantizer: "TensorQuantizer") -> str:
         "per-tensor" if desc.axis is None else f"axis=({desc.axis})" if isinstance(desc.axis, int) else f"axis={desc.axis}",
         *([] if desc.block_size is None else [f"block_size={desc.block_size}"]),
         f"{'range' if desc.affine else 'amax'}={amax}" + ("" if desc.scale_amax is None else f"*{desc.scale_amax}"),
+        *["normalized"] * bool(desc.normalize),
         *["learned"] * quantizer.learned,
         *(name for name in ("pre_quant_scale", "pre_quant_shift") if getattr(quantizer, name) is not None),
         f"calibrator={type(calibrator).__name__}({calibrator.extra_repr()})",

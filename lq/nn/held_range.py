@@ -23,7 +23,8 @@ class HeldRange(LearnedRange, LearnedStep):
     @property
     def amax(self) -> Tensor | None:
         """Clipping magnitude: float32, ``()`` per tensor, else broadcastable to the input (or its :meth:`blocks`); the learned
-        one if there is; ``None`` until set."""
+        one if there is; ``None`` until set. With ``normalize`` it, and all that follows from it here, is in units of the spread
+        of the weight."""
         amax, clip = self._held("_amax"), self._modules["clip"]
         if amax is None and isinstance(clip, Clip):
             return torch.maximum(-clip.clip_value_min, clip.clip_value_max).detach()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lq.calib import Calibrator
 from lq.descriptor import QuantDescriptor
 from lq.functional.learned import fake_quant_affine_learned, fake_quant_learned, gradient_scale
+from lq.functional.normalize import following
 
 ENDS = ("_amax", "_low")
 
@@ -64,12 +65,12 @@ class LearnedStep:
         else:
             self._buffers[name] = value
 
-    def _process_learned(self, inputs: Tensor) -> Tensor:
+    def _process_learned(self, inputs: Tensor, spread: Tensor | None = None) -> Tensor:
         desc, amax = self.quant_desc, self._parameters["_amax"]
         assert amax is not None
         assert isinstance(desc.num_bits, int)
         # LSQ, section 2.2: N is the number of weights that share a step, and of the values in a sample
-        shares = isinstance(inputs, nn.Parameter) or amax.numel() > 1
+        shares = isinstance(inputs, nn.Parameter) or spread is not None or amax.numel() > 1
         features = inputs.numel() // (amax.numel() if shares else max(len(inputs), 1))
         unsigned = desc.unsigned or desc.affine
         factor = gradient_scale(max(features, 1), desc.num_bits, unsigned) if desc.learn_amax == "lsq" else 1.0
@@ -78,7 +79,8 @@ class LearnedStep:
             assert low is not None
             return fake_quant_affine_learned(inputs, _value("_low", low), amax.abs(), desc.num_bits, factor)
         grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
-        return fake_quant_learned(inputs, amax.abs(), *grid, factor, rounding=desc.learn_amax == "lsq")
+        size = amax.abs() if spread is None else following(amax.abs(), spread)
+        return fake_quant_learned(inputs, size, *grid, factor, rounding=desc.learn_amax == "lsq")
 
     def _save_step(self, state_dict: dict[str, Any], prefix: str) -> None:
         for name in ENDS if self._waiting else ():

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lq.calib import AffineCalibrator, Calibrator, HistogramCalibrator, MaxCalibrator
 from lq.descriptor import QuantDescriptor
 from lq.functional.affine import fake_quant_affine
-from lq.functional.amax import Axis, amax_shape, compute_amax, min_max
-from lq.functional.blocks import block_axis, split_blocks
+from lq.functional.amax import amax_shape, compute_amax, min_max
+from lq.functional.blocks import split_blocks
 from lq.functional.checks import check_broadcast, check_not_negative
 from lq.functional.fake_quant import fake_quant, quantize, straight_through
 from lq.nn.describe import describe
@@ -19,29 +19,25 @@ from lq.nn.held_range import HeldRange
 from lq.nn.learned_step import ENDS
 from lq.nn.pre_quant import PreQuant
 from lq.nn.reuse import KeptWeight, LastResult, can_be_reused
+from lq.nn.spread import Spread, kept_axis
 from lq.nn.switches import Switches
 
 BUFFERS = ("_amax", "_low", "_pre_quant_scale", "_pre_quant_shift")
 # Fields of a descriptor that decide which statistics are collected.
-STATISTICS = ("axis", "block_size", "calib_method", "num_bins", "affine")
+STATISTICS = ("axis", "block_size", "calib_method", "num_bins", "affine", "normalize")
 
 
 def make_calibrator(desc: QuantDescriptor) -> Calibrator:
     """The calibrator that a descriptor asks for."""
     if desc.affine:
         assert isinstance(desc.num_bits, int)
-        return AffineCalibrator(desc.num_bits, _kept_axis(desc), desc.num_bins)
+        return AffineCalibrator(desc.num_bits, kept_axis(desc), desc.num_bins)
     if desc.calib_method == "histogram":
-        return HistogramCalibrator(desc.num_bits, _kept_axis(desc), desc.unsigned, desc.num_bins)
-    return MaxCalibrator(desc.num_bits, _kept_axis(desc), desc.unsigned)
+        return HistogramCalibrator(desc.num_bits, kept_axis(desc), desc.unsigned, desc.num_bins)
+    return MaxCalibrator(desc.num_bits, kept_axis(desc), desc.unsigned)
 
 
-def _kept_axis(desc: QuantDescriptor) -> Axis:
-    """Axis of what the calibrator sees: the tensor, or its blocks."""
-    return desc.axis if desc.block_size is None else block_axis(desc.axis)
-
-
-class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
+class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Module):
     """Quantizes a tensor as its descriptor says; collects statistics while calibration is enabled.
 
     ``amax``, ``pre_quant_scale`` and ``pre_quant_shift`` are buffers that stay float32 on every cast of the module, are ``None``
@@ -110,8 +106,9 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             raise RuntimeError("The range is learned, and `unsigned` decides which sides it has: set `amax` to None first.")
         if any(getattr(value, name) != getattr(self._quant_desc, name) for name in STATISTICS):
             self.calibrator = make_calibrator(value).to(self.calibrator.device)
-        if value.affine != self._quant_desc.affine and self._has_amax:
-            raise RuntimeError("`affine` decides what the range is, and there is one: set `amax` to None first.")
+        for name in ("affine", "normalize"):
+            if getattr(value, name) != getattr(self._quant_desc, name) and self._has_amax:
+                raise RuntimeError(f"`{name}` decides what the range is, and there is one: set `amax` to None first.")
         self._quant_desc, self._fits = value, False
         self.calibrator.num_bits, self.calibrator.unsigned = value.num_bits, value.unsigned
 
@@ -179,7 +176,7 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
 
     def collect(self, inputs: Tensor) -> None:
         """Take the statistics of ``inputs``, calibration enabled or not."""
-        self.calibrator.collect(self.blocks(inputs))
+        self.calibrator.collect(self.normalized(self.blocks(inputs)))
 
     def blocks(self, inputs: Tensor) -> Tensor:
         """``inputs`` as amax broadcasts to them: with ``block_size``, their view as ``(..., blocks, block_size)``."""
@@ -189,7 +186,7 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
     def _process(self, inputs: Tensor) -> Tensor:
         if self._if_calib:
             # negative values are clipped behind a shift, and not refused
-            self.calibrator.collect(inputs if self._pre_quant_shift is None else inputs.clamp_min(0))
+            self.calibrator.collect(self.normalized(inputs if self._pre_quant_shift is None else inputs.clamp_min(0)))
         quantizes = self.active
         if not self._fits and (quantizes or self._if_clip):
             self._fit(inputs)
@@ -197,12 +194,19 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             inputs = self.clip(inputs)
         if not quantizes:
             return inputs
+        spread = None
+        if self.quant_desc.normalize:
+            inputs, spread = self.centered(inputs)
         if self.learns_step and torch.is_grad_enabled() and self._on_export is None:
-            return self._process_learned(inputs)
+            return self._process_learned(inputs, spread)
         desc, amax = self.quant_desc, self.amax
         if desc.affine:
             return self._process_affine(inputs)
-        amax = self._scaled(compute_amax(inputs, _kept_axis(desc)) if amax is None else amax)
+        if amax is None:
+            amax = compute_amax(inputs, kept_axis(desc))
+        elif spread is not None:
+            amax = amax * spread
+        amax = self._scaled(amax)
         if self._on_export is not None:
             return self._on_export(inputs, amax)
         if desc.fake_quant:
@@ -241,7 +245,7 @@ class TensorQuantizer(Switches, Described, PreQuant, HeldRange, nn.Module):
             check_not_negative(inputs)
         if not self._has_amax:
             return
-        shape = amax_shape(inputs, _kept_axis(self.quant_desc))
+        shape = amax_shape(inputs, kept_axis(self.quant_desc))
         for amax in self._ranges():
             # a list of numbers from a descriptor has no other dimensions yet
             if amax.shape != shape and amax.numel() == torch.Size(shape).numel():

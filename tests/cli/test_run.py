@@ -71,6 +71,17 @@ def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice)
         instantiate(cfg.trainer, max_epochs=1)
 
 
+def test_what_low_bits_need_is_switched_by_the_config(tmp_path):
+    low = ["experiment=cifar10_low_bits", "quant=w2a2", "data.path=pictures"]
+    callbacks = instantiate(config(tmp_path, *low).callbacks)
+    assert callbacks["batchnorm"].batches == 0
+    assert not callbacks["quantize"].rules[0]["weight"]["normalize"]
+    on = ["quant.weight.normalize=center", "schedule.reestimate_batchnorm=20"]
+    callbacks = instantiate(config(tmp_path, *low, *on).callbacks)
+    assert callbacks["batchnorm"].batches == 20
+    assert callbacks["quantize"].rules[0]["weight"]["normalize"] == "center"
+
+
 def test_corrections_from_a_config(tmp_path):
     cfg = config(
         tmp_path, "callbacks.quantize.corrections=[{_target_: lq.corrections.input_scaling_, _partial_: true, target: 2}]"

@@ -1,0 +1,119 @@
+"""BatchNorm statistics of the quantized network, estimated anew."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lq.calib import failing_together, sync_calibrators
+from lq.nn.evaluating import evaluating
+
+M = TypeVar("M", bound=nn.Module)
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """BatchNorms that keep statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def reestimating_batchnorm(model: M, norms: Iterable[_BatchNorm] | None = None) -> Iterator[M]:
+    """Forwards inside the block give BatchNorms new statistics: the average over all of them, and over all ranks.
+
+    With few bits, weights that oscillate between two codes, and activations that change with them, leave the exponential averages
+    of training behind what the network computes at its end (Nagel et al., 2022, arXiv:2203.08114, section 4.1; before that Sun et
+    al., 2019, "Hybrid 8-bit Floating Point (HFP8) Training"). Inside, all else is in evaluation, without gradients, so that no
+    random number is drawn. A BatchNorm that no forward reaches keeps what it has; if the block raises, all do.
+
+    Args:
+        model: calibrated.
+        norms: those to estimate; by default all of ``model`` that keep statistics.
+
+    Raises:
+        ValueError: there is none, or a mean or variance is not finite (on any rank).
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(1)).eval()
+    >>> with reestimating_batchnorm(model):
+    ...     for values in ([1.0, 3.0], [5.0, 9.0]):
+    ...         _ = model(torch.tensor(values).unsqueeze(1))
+    >>> model[0].running_mean, model[0].running_var  # (2 + 7) / 2, (2 + 8) / 2
+    (tensor([4.5000]), tensor([5.]))
+    """
+    chosen = batchnorms(model) if norms is None else list(norms)
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no BatchNorm that keeps statistics: there is nothing to estimate.")
+    before = [(norm, norm.momentum, norm.training, _clones(norm)) for norm in chosen]
+    done = False
+    try:
+        with torch.inference_mode(False), evaluating(model):
+            for norm in chosen:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's word for the average over all batches
+                norm.training = True
+            with failing_together():
+                yield model
+            sync_calibrators([])  # to hear of a rank that failed
+            _average_(chosen)
+        done = True
+    finally:
+        for norm, momentum, training, values in before:
+            norm.momentum, norm.training = momentum, training
+            if not done or not norm.num_batches_tracked:
+                _put_back_(norm, values)
+
+
+def reestimate_batchnorm_(model: M, batches: Iterable[tuple[Any, ...]]) -> M:
+    """Give BatchNorms the statistics of ``batches``, in place, as :func:`reestimating_batchnorm` says.
+
+    Args:
+        model: calibrated.
+        batches: positional inputs of the forward, a tuple each; of the size that training has.
+
+    Raises:
+        ValueError: as :func:`reestimating_batchnorm`.
+
+    >>> model = nn.Sequential(nn.BatchNorm1d(1))
+    >>> reestimate_batchnorm_(model, [(torch.tensor([[1.0], [3.0]]),)])[0].running_mean
+    tensor([2.])
+    """
+    with reestimating_batchnorm(model):
+        for batch in batches:
+            model(*batch)
+    return model
+
+
+def _clones(norm: _BatchNorm) -> list[torch.Tensor]:
+    return [getattr(norm, name).clone() for name in STATISTICS]
+
+
+def _put_back_(norm: _BatchNorm, values: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in zip(STATISTICS, values, strict=True):
+            getattr(norm, name).copy_(value)
+
+
+@torch.no_grad()
+def _average_(norms: list[Any]) -> None:
+    """Average statistics over ranks, in place, each by the batches that it has seen; complain where they are not finite."""
+    counts = torch.stack([norm.num_batches_tracked for norm in norms]).double()
+    sizes = [2 * norm.num_features for norm in norms]
+    sums = torch.cat(
+        [count * torch.cat([norm.running_mean, norm.running_var]).double() for norm, count in zip(norms, counts, strict=True)]
+    )
+    flat = torch.cat([counts, sums])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+    if not bool(flat.isfinite().all()):
+        raise ValueError("BatchNorm statistics are not finite: look for bad samples, or for a layer that overflows.")
+    counts, sums = flat[: len(norms)], flat[len(norms) :]
+    for norm, count, total in zip(norms, counts, torch.split(sums, sizes), strict=True):
+        mean, variance = (total / count.clamp_min(1)).chunk(2)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.num_batches_tracked.copy_(count)

@@ -1,0 +1,125 @@
+"""A fit whose BatchNorm statistics are estimated anew."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+import lq
+from lq.callbacks import ExactResume, QuantizationAwareTraining, Quantize, ReestimateBatchNorm, ScaleFreeze
+from lq.corrections import reestimate_batchnorm_
+from tiny import Tiny, loader, trainer
+
+W2 = [lq.QuantRule("*", lq.QuantDescriptor(4), lq.QuantDescriptor(2, axis=0, learn_amax="lsq"))]
+
+
+class Look(Callback):
+    """Statistics of the BatchNorm at each validation in which something was trained, and those that there should be."""
+
+    def __init__(self):
+        self.seen, self.expected = [], []
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0 and trainer.global_step:
+            norm = pl_module.net[1]
+            self.seen.append(norm.running_mean.clone())
+            reestimate_batchnorm_(pl_module, [batch[:1] for batch in loader()])
+            self.expected.append(norm.running_mean.clone())
+
+
+def fit(folder, *callbacks, epochs=2, shuffle=False, model=None, **options):
+    seed_everything(0, verbose=False)
+    model = model or Tiny()
+    given = [ReestimateBatchNorm(8), Quantize(W2, alpha=None), ExactResume(), *callbacks]
+    fitting = trainer(folder, *given, max_epochs=epochs, **options)
+    return model, given[1], fitting, loader(shuffle)
+
+
+def test_each_validation_and_the_last_stage_have_them(tmp_path):
+    look = Look()
+    model, quantize, fitting, train = fit(tmp_path, look)
+    fitting.fit(model, train, loader())
+    assert len(look.seen) == 3  # two epochs, and `qat`
+    for seen, expected in zip(look.seen, look.expected, strict=True):
+        torch.testing.assert_close(seen, expected)
+    assert quantize.stages["qat"] == pytest.approx(fitting.validate(model, loader(), verbose=False)[0])
+    # a second fit starts from what the first one left
+    look.seen.clear()
+    trainer(tmp_path, ReestimateBatchNorm(8), look, max_epochs=1).fit(model, loader(), loader())
+    assert len(look.seen) == 1
+
+
+def test_without_a_validation_they_are_there_at_the_end(tmp_path):
+    model, _, fitting, train = fit(tmp_path)
+    fitting.fit(model, train)
+    left = model.net[1].running_mean.clone()
+    reestimate_batchnorm_(model, [batch[:1] for batch in loader()])
+    torch.testing.assert_close(left, model.net[1].running_mean)
+
+
+def test_training_is_what_it_is_without(tmp_path):
+    def trained(*callbacks):
+        seed_everything(0, verbose=False)
+        model = Tiny()
+        trainer(tmp_path, Quantize(W2, alpha=None), *callbacks).fit(model, loader(shuffle=True), loader())
+        return model
+
+    plain, model = trained(), trained(ReestimateBatchNorm(3))
+    for (name, expected), value in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(value, expected), name
+    assert all(torch.equal(*pair) for pair in zip(plain.trained_on, model.trained_on, strict=True))
+    assert not torch.equal(plain.net[1].running_mean, model.net[1].running_mean)
+
+
+def test_a_fit_that_was_cut_off_ends_the_same(tmp_path):
+    def state(folder, stop=None, ckpt_path=None):
+        keep = ModelCheckpoint(tmp_path / folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        stopping = {} if stop is None else {"max_steps": stop}
+        model, _, fitting, train = fit(tmp_path, keep, shuffle=True, enable_checkpointing=True, **stopping)
+        fitting.fit(model, train, loader(), ckpt_path=ckpt_path)
+        return model.state_dict()
+
+    whole = state("whole")
+    state("half", stop=11)
+    resumed = state("rest", ckpt_path=tmp_path / "half" / "step=11.ckpt")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+def test_what_it_does_not_go_with_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`batches` is -1"):
+        ReestimateBatchNorm(-1)
+    with pytest.raises(MisconfigurationException, match="Tiny has no BatchNorm to estimate"):
+        trainer(tmp_path, ReestimateBatchNorm(2)).fit(Tiny(batchnorm=False), loader(), loader())
+    recipe = QuantizationAwareTraining(W2, target=None)
+    for other in (ScaleFreeze(), recipe):
+        with pytest.raises(MisconfigurationException, match=r"`schedule\.freeze_batchnorm=false`"):
+            trainer(tmp_path, Quantize(W2, alpha=None), other, ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
+    with pytest.raises(MisconfigurationException, match="WeightAveraging"):
+        trainer(tmp_path, WeightAveraging(), ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
+    trainer(tmp_path, ReestimateBatchNorm(0), max_epochs=1).fit(Tiny(batchnorm=False), loader(), loader())
+
+
+class Save(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        norm = pl_module.net[1]
+        torch.save([norm.running_mean, norm.running_var], self.folder / f"{trainer.global_rank}.pt")
+        # the mean over ranks of what each of them sees
+        with torch.no_grad():
+            own = [pl_module.net[0](batch[0]) for batch in trainer.train_dataloader]
+        torch.save(torch.stack([y.mean(0) for y in own]).mean(0), self.folder / f"own-{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_average_of_both(tmp_path):
+    model, _, fitting, train = fit(tmp_path, Save(tmp_path), epochs=1, strategy="ddp_spawn", devices=2)
+    fitting.fit(model, train)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    own = [torch.load(tmp_path / f"own-{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.testing.assert_close(first[0], (own[0] + own[1]) / 2)
+    assert not torch.allclose(own[0], own[1])
