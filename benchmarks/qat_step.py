@@ -1,14 +1,16 @@
 """A train step with fake quantization against the same step in float: time, memory, and how both grow.
 
-    python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--grow] [--processes 1 2] [--threads 1]
-                                  [--device cuda] [--bf16] [--check]
+    python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--no-eager] [--large] [--grow] [--processes 1 2]
+                                  [--threads 1] [--device cuda] [--bf16] [--check]
 
-A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder of
-4 layers of width 256 on 32 x 64 tokens; every convolution and linear layer quantizes its input per tensor and its weight per
-channel. All contenders of a table take turns in one process. Columns: the median of a step, the median of its ratio to the float
-step of the same turn, and the most memory that a step allocates, against float's. ``with QuantMonitor`` logs every 50th step, as
-the Trainer does; its ratio is spread over them. ``--grow`` prints the ratio against batch size, channels and layers,
-``--processes`` under DDP. ``--check`` fails where a ratio has left wide bounds, in less than a minute.
+A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder
+of 4 layers of width 256 on 32 x 64 tokens. With ``--large``, for GPUs, they are ResNet-50 on 128 images of 224 x 224, channels
+last, and an encoder of 12 layers of width 768 on 64 x 512 tokens. Every convolution and linear layer quantizes its input per
+tensor and its weight per channel. All contenders of a table take turns in one process. Columns: the median of a step, the
+median of its ratio to the float step of the same turn, and the most memory that a step allocates, against float's. ``with
+QuantMonitor`` logs every 50th step, as the Trainer does; its ratio is spread over them. ``--grow`` prints the ratio against
+batch size, channels and layers, ``--processes`` under DDP. ``--check`` fails where a ratio has left wide bounds, in less than a
+minute.
 
 Peers belong into a virtual environment of their own: ``pip install -e . nvidia-modelopt requests huggingface_hub``.
 """
@@ -33,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 import lq
 from lq.analysis.tables import Table
 from lq.functional.amax import compute_amax
-from lq.recipes.resnet import BasicBlock, ResNet
+from lq.recipes.resnet import BasicBlock, ResNet, resnet50
 
 Step = Callable[[], object]
 PEER = "ModelOpt" if importlib.util.find_spec("modelopt") else None
@@ -50,6 +52,21 @@ def resnet(batch: int = 128, width: int = 16, blocks: int = 3) -> tuple[nn.Modul
 def encoder(batch: int = 32, width: int = 256, layers: int = 4) -> tuple[nn.Module, Tensor]:
     """An encoder and a batch of 64 tokens each."""
     return nn.Sequential(*(EncoderLayer(width, 4, 4 * width) for _ in range(layers))), torch.randn(batch, 64, width)
+
+
+def resnet_50() -> tuple[nn.Module, Tensor]:
+    """ResNet-50 and 128 images, channels last."""
+    images = torch.randn(128, 3, 224, 224).to(memory_format=torch.channels_last)
+    return resnet50().to(memory_format=torch.channels_last), images
+
+
+def encoder_12() -> tuple[nn.Module, Tensor]:
+    """The encoder of BERT-base and 64 sequences."""
+    return nn.Sequential(*(EncoderLayer(768, 12, 3072) for _ in range(12))), torch.randn(64, 512, 768)
+
+
+NETWORKS = {"ResNet-20, 128 images": resnet, "encoder, 32x64 tokens": encoder}
+LARGE = {"ResNet-50, 128 images": resnet_50, "encoder of 12 layers, 64x512 tokens": encoder_12}
 
 
 def step(model: nn.Module, x: Tensor) -> Step:
@@ -196,6 +213,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--large", action="store_true", help="networks for a GPU")
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--processes", type=int, nargs="+", default=[], help="numbers of DDP processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -209,8 +228,8 @@ def main() -> None:
     if arguments.check:
         sys.exit(check())
     with torch.autocast(arguments.device, torch.bfloat16) if arguments.bf16 else nullcontext():
-        for compiled in (False,) if arguments.no_compile else (False, True):
-            for name, make in {"ResNet-20, 128 images": resnet, "encoder, 32x64 tokens": encoder}.items():
+        for compiled in [False] * (not arguments.no_eager) + [True] * (not arguments.no_compile):
+            for name, make in (LARGE if arguments.large else NETWORKS).items():
                 table = steps(name, *make(), arguments.device, compiled, arguments.rounds)
                 print(f"\n{table.title}\n\n{table.markdown()}", flush=True)
         if arguments.grow:
