@@ -6,6 +6,7 @@ from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
+from lq.callbacks.oscillation import SettleWeights
 from lq.callbacks.qat import QuantizationAwareTraining
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.resume import ExactResume
@@ -22,4 +23,5 @@ __all__ = [
     "Quantize",
     "ReestimateBatchNorm",
     "ScaleFreeze",
+    "SettleWeights",
 ]
