@@ -23,7 +23,7 @@ class ProgressiveBits(Callback):
 
     A stage gives its width to every integer quantizer that has fewer bits by its descriptor; 8-bit layers stay. Where one begins,
     train batches run through the model with the widths of before, and each amax, learned or not, starts anew where its error is
-    least. The calibration of a ``Quantize`` behind this callback is for the first stage. A function of the step; a checkpoint has
+    least. The calibration of the fit's ``Quantize`` is for the first stage. A function of the step; a checkpoint has
     the widths it was written with.
 
     Among checkpoints, those of the last stage are what the descriptors say: choose the best one there.
