@@ -20,6 +20,16 @@ def cosine_factor(step: int, total: int, *, final: float = 0.01, warmup: int = 0
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def cosine_ramp(step: int, start: int, total: float) -> float:
+    """What rises from 0 at ``start`` to 1 at the last step, ``total - 1``, half a cosine; 0 before.
+
+    >>> [round(cosine_ramp(step, 1, 6), 3) for step in range(6)]
+    [0.0, 0.0, 0.146, 0.5, 0.854, 1.0]
+    """
+    progress = (step - start) / max(1, total - 1 - start)
+    return (1 - math.cos(math.pi * min(1.0, max(0.0, progress)))) / 2
+
+
 # Optimizer steps as a whole number, a share of all of them as a float, or epochs, as "2 epochs".
 Length = int | float | str
 EPOCHS = re.compile(r"(\d+(?:\.\d+)?) epochs?")

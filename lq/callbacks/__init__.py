@@ -6,6 +6,8 @@ from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
 from lq.callbacks.freeze import ScaleFreeze
 from lq.callbacks.monitor import QuantMonitor
+from lq.callbacks.oscillation import SettleWeights
+from lq.callbacks.progressive import ProgressiveBits
 from lq.callbacks.qat import QuantizationAwareTraining
 from lq.callbacks.quantize import Quantize
 from lq.callbacks.resume import ExactResume
@@ -15,6 +17,7 @@ __all__ = [
     "Distill",
     "ExactResume",
     "OnnxExport",
+    "ProgressiveBits",
     "QATSchedule",
     "QuantDelay",
     "QuantMonitor",
@@ -22,4 +25,5 @@ __all__ = [
     "Quantize",
     "ReestimateBatchNorm",
     "ScaleFreeze",
+    "SettleWeights",
 ]

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lq.callbacks.adding import add_to_loss_
 from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
 from lq.nn import QuantModule, TensorQuantizer
 from lq.schedule import Length, to_steps
@@ -15,7 +19,8 @@ class QuantDelay(Callback):
     arXiv:1806.08342, section 3.3, delays activations).
 
     Train batches only: validation always sees the quantized model, so no checkpoint is chosen for an accuracy that it has in
-    float. Statistics for a refresh of amax are taken as ever. A pure function of the step.
+    float. Statistics for a refresh of amax are taken as ever. A learned amax stands still while nothing is quantized with it. A
+    pure function of the step.
 
     Args:
         inputs: length until activations are quantized: steps, as a float a share of all steps, or ``"1 epoch"``.
@@ -46,6 +51,20 @@ class QuantDelay(Callback):
             if quantizer._if_quant and (weights if quantizer in of_weights else inputs):
                 quantizer.disable_quant()
                 self._off.append(quantizer)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if trainer.world_size > 1 and (waiting := self._unused()):
+            # a DDP wrapper waits for the gradient of every parameter
+            add_to_loss_(trainer, loss, 0 * torch.stack([parameter.sum() for parameter in waiting]).sum())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for parameter in self._unused():
+            parameter.grad = None  # so that neither momentum nor decay moves it
+
+    def _unused(self) -> list[nn.Parameter]:
+        """What is learned by quantizers that are off."""
+        learned = (q.parameters() for q in self._off if not q._if_clip)
+        return [parameter for parameters in learned for parameter in parameters if parameter.requires_grad]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._let_go()

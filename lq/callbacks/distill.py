@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lq.callbacks.adding import add_to_loss_
 from lq.callbacks.building import build
 from lq.callbacks.feeding import feed, has_forward
 from lq.callbacks.teacher import (
@@ -162,14 +163,9 @@ class Distill(Callback):
                 f"`training_step` of {type(pl_module).__name__} ran nothing to compare before its backward: let it call "
                 "`self(...)` with gradients (`self.forward(...)` is not seen), or leave Distill out."
             )
-        if hasattr(loss.grad_fn, "_saved_result"):
-            raise MisconfigurationException("`manual_backward` was given a loss that cannot be added to: give it `1 * loss`.")
         value = torch.stack(self._losses).mean()
         self._losses, self._value = [], value.detach()
-        # as Lightning did with the loss
-        value = self.weight * value / trainer.accumulate_grad_batches
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss.add_(value if scaler is None else scaler.scale(value))
+        add_to_loss_(trainer, loss, self.weight * value)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._part([name for name, parameter in (self._shared or {}).items() if parameter.requires_grad])

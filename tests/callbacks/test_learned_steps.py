@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
-from lq.callbacks import ExactResume, Quantize, ScaleFreeze
+from lq.callbacks import ExactResume, QuantDelay, Quantize, ScaleFreeze
 from tiny import Tiny, loader, trainer
 
 
@@ -75,6 +75,34 @@ def test_two_processes_learn_the_same(tmp_path):
     fit.fit(Tiny(), loader())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+class _Steps(QuantDelay):
+    """What learned scales are after each step."""
+
+    def __init__(self, folder, **lengths):
+        super().__init__(**lengths)
+        self.folder, self.amax = folder, []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self.amax.append({name: q.amax.clone() for name, q in lq.named_quantizers(pl_module)})
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(self.amax, f"{self.folder}/{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_no_scale_that_is_not_learned_yet(tmp_path):
+    delay = _Steps(tmp_path, inputs=2, weights=1)
+    ranks = {"strategy": "ddp_spawn", "devices": 2}
+    trainer(tmp_path, Quantize(rules(), alpha=None), delay, max_epochs=1, **ranks).fit(Tiny(), loader())
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    before, *after = first
+    assert torch.equal(before["net.0.input"], after[0]["net.0.input"])
+    assert not torch.equal(before["net.0.weight"], after[0]["net.0.weight"])
+    assert not torch.equal(before["net.0.input"], after[1]["net.0.input"])
 
 
 class _Saves(Quantize):

@@ -75,10 +75,16 @@ def test_what_low_bits_need_is_switched_by_the_config(tmp_path):
     low = ["experiment=cifar10_low_bits", "quant=w2a2", "data.path=pictures"]
     callbacks = instantiate(config(tmp_path, *low).callbacks)
     assert callbacks["batchnorm"].batches == 0
+    assert (callbacks["settle"].damping, callbacks["settle"].freeze) == (0, None)
+    assert callbacks["bits"].bits == {}
     assert not callbacks["quantize"].rules[0]["weight"]["normalize"]
     on = ["quant.weight.normalize=center", "schedule.reestimate_batchnorm=20"]
+    on += ["schedule.damping=1e-3", "schedule.freeze_oscillating=[0.04,0.01]", "schedule.settle_after=0.5"]
+    on += ["schedule.bits={0:4,1 epoch:3,2 epochs:2}"]
     callbacks = instantiate(config(tmp_path, *low, *on).callbacks)
     assert callbacks["batchnorm"].batches == 20
+    assert callbacks["bits"].bits == {0: 4, "1 epoch": 3, "2 epochs": 2}
+    assert (callbacks["settle"].damping, callbacks["settle"].freeze, callbacks["settle"].after) == (1e-3, [0.04, 0.01], 0.5)
     assert callbacks["quantize"].rules[0]["weight"]["normalize"] == "center"
 
 
