@@ -28,8 +28,14 @@ HERE = find_spec("torchvision") is not None
 COLOURS = {"n01440764": 40, "n01443537": 200}
 
 
-def net(**options):
-    return resnet8(channels=3, num_classes=20, **options)
+def net():
+    return resnet8(channels=3, num_classes=20)
+
+
+def composed(*told):
+    register_resolvers()
+    with initialize_config_module("lq.conf", version_base="1.3"):
+        return compose("run", list(told))
 
 
 # torchvision's checkpoints
@@ -173,7 +179,9 @@ def torchvision(monkeypatch):
         ".datasets": {"ImageFolder": StandIn.ImageFolder},
         ".transforms": {},
         ".transforms.v2": vars(StandIn.v2),
-        ".models": {"get_model": lambda name, weights, **options: net(**options) if name == "resnet8" else {}[name]},
+        ".models": {
+            "get_model": lambda name, weights, **options: resnet8(channels=3, **options) if name == "resnet8" else {}[name]
+        },
     }.items():
         module = ModuleType(f"torchvision{name}")
         vars(module).update(content, __path__=[])
@@ -202,8 +210,9 @@ def test_without_torchvision(folder):
 
 
 def test_nets_of_torchvision(torchvision):
-    name, options = ("resnet18", {"num_classes": 20}) if HERE else ("resnet8", {})
-    assert torchvision_net(name, weights=None, **options)(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
+    name = "resnet18" if HERE else "resnet8"
+    cfg = composed("model=torchvision", f"model.net.name={name}", "model.net.weights=null", "model.num_classes=20")
+    assert instantiate(cfg.model)(torch.zeros(2, 3, 32, 32)).shape == (2, 20)
     with pytest.raises(ValueError, match="nonsense with `weights` None"):
         torchvision_net("nonsense", weights=None)
 
@@ -260,10 +269,7 @@ def test_channels_last_changes_the_layout_and_nothing_else():
 
 
 def test_the_experiment_is_the_tutorials(tmp_path):
-    register_resolvers()
-    told = ["experiment=imagenet_resnet50", "data.path=/imagenet", "data.size=160", f"output_dir={tmp_path}"]
-    with initialize_config_module("lq.conf", version_base="1.3"):
-        cfg = compose("run", told)
+    cfg = composed("experiment=imagenet_resnet50", "data.path=/imagenet", "data.size=160", f"output_dir={tmp_path}")
     model, callbacks = instantiate(cfg.model), instantiate(cfg.callbacks)
     assert model.net.fc.out_features == 1000
     assert model.example_input_array.shape == (2, 3, 160, 160)
@@ -277,10 +283,10 @@ def test_the_experiment_is_the_tutorials(tmp_path):
 @pytest.mark.slow
 def test_two_processes_on_fake_images(tmp_path):
     told = [
-        *("experiment=imagenet_resnet50", "data=imagenet_fake", "data.size=32", "data.train=64", "data.val=16"),
+        *("experiment=imagenet_resnet50", "data=imagenet_fake", "data.size=32", "data.train=64", "data.val=32"),
         *("trainer=ddp_cpu", "trainer.devices=2", "trainer.precision=bf16-mixed", "+trainer.limit_train_batches=2"),
         *("model.net._target_=lq.recipes.resnet.resnet8", "+model.net.channels=3", "model.channels_last=true"),
-        *("float_epochs=1", "calib.batches=2", "export.batches=1", "logger=none", "trainer.enable_progress_bar=false"),
+        *("float_epochs=0", "calib.batches=2", "export.batches=1", "logger=none", "trainer.enable_progress_bar=false"),
         "hydra.run.dir=out",
     ]
     env = os.environ | {"COLUMNS": "150", "OMP_NUM_THREADS": "1"}
@@ -295,6 +301,7 @@ def test_two_processes_on_fake_images(tmp_path):
     }
     assert metrics["agreement"] > 0.9
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| data | FAKE: 64 + 16 random images of 32 x 32; accuracies on them mean nothing |" in report
+    assert "| data | FAKE: 64 + 32 random images of 32 x 32; accuracies on them mean nothing |" in report
     # on the first validation batch alone
     assert "of 16 predictions" in report
+    assert not (tmp_path / "out" / "checkpoints" / "float.ckpt").exists()
