@@ -2,7 +2,7 @@
 
 TensorRT fuses a quantized convolution with the residual add behind it if the shortcut is quantized too; so a block built with
 ``quantize=True`` has, besides quantized convolutions, a quantizer on that side of the add. A state dict of the float net loads
-into the quantized one.
+into the quantized one. Modules have torchvision's names, so its ``resnet50-*.pth`` loads into :func:`resnet50`.
 """
 
 from typing import Any
@@ -104,17 +104,21 @@ class ResNet(nn.Module):
         self.conv1, self.bn1 = conv(channels, width, 3 if small else 7, 1 if small else 2, quantize), nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
-        self.stages = nn.Sequential()
+        self.stages = [f"layer{i}" for i in range(1, len(blocks) + 1)]
         planes = width
-        for i, number in enumerate(blocks):
+        for i, (stage, number) in enumerate(zip(self.stages, blocks, strict=True)):
+            made = nn.Sequential()
             for j in range(number):
-                self.stages.append(block(planes, width * 2**i, 2 if i and not j else 1, quantize))
+                made.append(block(planes, width * 2**i, 2 if i and not j else 1, quantize))
                 planes = width * 2**i * block.expansion
+            self.add_module(stage, made)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = (quant_nn.QuantLinear if quantize else nn.Linear)(planes, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
         y: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return y
 

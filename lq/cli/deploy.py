@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def deploy(
     models = {"float": float_model.cpu(), cfg.quant.name: model.cpu()}
     paths = {name: folder / f"{name}.onnx" for name in models}
     latency, engines = dict.fromkeys(paths, float("nan")), []
-    batches = list(inputs(model, data))
+    batches = list(islice(inputs(model, data), cfg.export.batches))
     size, target = cfg.export.latency_batch, cfg.export.target or "tensorrt"
     example = tuple(a[:size] if isinstance(a, Tensor) else a for a in batches[0])
     verification = None

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ def prepare_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def measure_layers(model: LightningModule, data: LightningDataModule, seen: dict[str, Histogram]) -> list[LayerRow]:
-    """SQNR and saturation of every quantizer over the validation batches; the peak is what calibration saw."""
+def measure_layers(
+    model: LightningModule, data: LightningDataModule, seen: dict[str, Histogram], batches: int | None
+) -> list[LayerRow]:
+    """SQNR and saturation of every quantizer over so many validation batches; the peak is what calibration saw."""
     model.cpu()
     with evaluating(model), measuring(model) as stats:
-        for args in inputs(model, data):
+        for args in islice(inputs(model, data), batches):
             model(*args)
     return [replace(row, peak=seen[row.name].peak) if row.name in seen else row for row in table(model, stats)]
 

@@ -91,7 +91,7 @@ def describe(
     given = {name: getattr(value, "name", value) for name, value in asdict(found.config).items()}
     default = {name: getattr(value, "name", value) for name, value in asdict(QuantizationConfig()).items()}
     changed = ", ".join(f"{name} {value}" for name, value in given.items() if value != default[name]) or "as it is by default"
-    notes = {"config": changed, "calibration": f"{batches} train batches"}
+    notes = getattr(data, "notes", {}) | {"config": changed, "calibration": f"{batches} train batches"}
     quantizers = len(dict(named_quantizers(model)))
     if found.left:
         notes["left in float"] = f"{len(found.left)} of {quantizers} quantizers: {', '.join(found.left)}"
@@ -99,7 +99,7 @@ def describe(
         title=f"{cfg.name}: post-training quantization",
         stages=[Stage(name, metrics) for name, metrics in stages.items()],
         deployed=[] if deployment is None else [deployment.float, deployment.quantized, *deployment.engines],
-        layers=measure_layers(model, data, {}),
+        layers=measure_layers(model, data, {}, cfg.export.batches),
         notes=notes | ({} if deployment is None else deployment.notes()),
         output_sqnr=found.sqnr,
         corrected=found.corrections,

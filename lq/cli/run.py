@@ -46,11 +46,11 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     if ptq is not None:
         check_ptq(cfg, ptq)
 
-    if cfg.ckpt_path is None:
+    if cfg.ckpt_path is not None:
+        load_float(model, cfg.ckpt_path)
+    elif cfg.float_epochs:
         console.rule("Float training")
         train_float(cfg, model, data, folder)
-    else:
-        load_float(model, cfg.ckpt_path)
     if ptq is not None:
         return run_ptq(cfg, ptq, model, data, folder, console)
     float_model = copy.deepcopy(model)
@@ -92,11 +92,11 @@ def describe(
     """The report of the run."""
     history = folder / "metrics" / "metrics.csv"
     folded = sum(group.action == "folded" for group in quantize.rescaled)
-    layers = measure_layers(model, data, quantize.histograms)
+    layers = measure_layers(model, data, quantize.histograms, cfg.export.batches)
     methods = {name: quantize.methods[name] for name in quantize.histograms}
     if len(set(methods.values())) > 1:
         layers = [replace(row, method=methods.get(row.name)) for row in layers]
-    notes = {"calibration": f"{quantize.method}, {quantize.batches} train batches"}
+    notes = getattr(data, "notes", {}) | {"calibration": f"{quantize.method}, {quantize.batches} train batches"}
     if quantize.rescaled:
         alphas = [group.alpha for group in quantize.rescaled]
         alpha = f"alpha {min(alphas):.2f} to {max(alphas):.2f}" if len(set(alphas)) > 1 else f"alpha {alphas[0]}"
@@ -122,6 +122,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
         raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
     if cfg.schedule.epochs is not None and cfg.schedule.epochs < 1:
         raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: calibration is part of the fit, give at least 1.")
+    if cfg.export.batches is not None and cfg.export.batches < 1:
+        raise ValueError(f"`export.batches` is {cfg.export.batches}: give at least 1, or null for all validation batches.")
     if not is_overridden("validation_step", model) or not is_overridden("val_dataloader", data):
         raise ValueError(
             f"{type(model).__name__} needs a `validation_step`, and {type(data).__name__} a `val_dataloader`: `lq` measures each "

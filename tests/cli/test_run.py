@@ -56,14 +56,13 @@ def float_weights(tmp_path_factory):
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group, option in sorted(OPTIONS)])
 def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice):
-    cfg = config(
-        tmp_path,
-        choice,
-        *["data.path=pictures"] * (choice in ("data=images", "experiment=cifar10_resnet20", "experiment=cifar10_low_bits")),
-    )
+    cfg = config(tmp_path, choice)
+    if OmegaConf.is_missing(cfg.data, "path"):
+        cfg.data.path = "pictures"
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    for group in ("data", "model"):
-        instantiate(cfg[group])
+    instantiate(cfg.data)
+    if choice != "model=torchvision":  # which downloads weights
+        instantiate(cfg.model)
     callbacks = instantiate(cfg.callbacks)
     assert isinstance(callbacks["quantize"], lq.callbacks.Quantize)
     if not choice.startswith(("logger=wandb", "trainer=ddp")):
@@ -341,6 +340,7 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
         ("calib.batches=0", "batches.*0"),
         ("schedule.freeze_after=1.5", "freeze_after.*1.5"),
         ("schedule.epochs=0", "schedule.epochs.*0"),
+        ("export.batches=0", "export.batches.*0"),
         ("quant.input.num_bits=16", "num_bits=16.*TensorRT takes at most 8"),
         ("quant.input.num_bits=16 export.target=null", "stem.0.input.*16 bits"),
         ("export.target=tvm", "target.*tvm"),

@@ -23,7 +23,7 @@ def test_float_weights_load_and_the_disabled_net_is_the_float_one(make):
     floating, quantized = make(), make(quantize=True)
     quantized.load_state_dict(floating.state_dict(), strict=True)
     x = torch.randn(2, 1, 16, 16)
-    blocks = len(floating.stages)
+    blocks = sum(hasattr(m, "downsample") for m in floating.modules())
     names = [name for name, m in quantized.named_modules() if isinstance(m, TensorQuantizer)]
     assert sum(name.endswith("residual_quantizer") for name in names) == blocks
     with torch.no_grad():
@@ -34,9 +34,28 @@ def test_float_weights_load_and_the_disabled_net_is_the_float_one(make):
         assert torch.equal(quantized(x), floating(x))
 
 
+def test_checkpoints_of_nvidias_tutorial_load():
+    """Names as pytorch-quantization and the tutorial's ``resnet.py`` have them."""
+    with torch.device("meta"):
+        net = resnet50(quantize=True)
+    net.to_empty(device="cpu")
+    saved = {name: torch.zeros(()).expand(value.shape) for name, value in net.state_dict().items()}
+    layers = {name: m.weight for name, m in net.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
+    for name, weight in layers.items():
+        saved[f"{name}._input_quantizer._amax"] = torch.tensor(2.64)
+        saved[f"{name}._weight_quantizer._amax"] = torch.ones(len(weight), *[1] * (weight.dim() - 1))
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        saved |= {f"layer{stage}.{i}.residual_quantizer._amax": torch.tensor(1.5 + i) for i in range(blocks)}
+    net.load_state_dict(saved, strict=True)
+    assert len(layers) == 54
+    assert net.conv1.input_quantizer.amax == pytest.approx(2.64)
+    assert net.layer3[2].residual_quantizer.amax == 3.5
+    assert net.fc.weight_quantizer.amax.shape == (1000, 1)
+
+
 def test_the_shortcut_is_what_the_residual_quantizer_sees():
     net = resnet8(quantize=True).eval()
-    block = net.stages[1]
+    block = net.layer2[0]
     seen = []
     block.residual_quantizer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     x = torch.randn(2, 16, 8, 8)
@@ -58,4 +77,4 @@ def test_the_tutorial_runs(tmp_path):
     assert accuracy["fine-tuned"] > accuracy["float"] - 1
     assert all(v > accuracy["float"] - 3 for v in accuracy.values())
     assert (tmp_path / "net.onnx").stat().st_size > 77_000
-    assert "stages.0.residual_quantizer  : TensorQuantizer(8bit fake per-tensor amax=" in done.stdout
+    assert "layer1.0.residual_quantizer  : TensorQuantizer(8bit fake per-tensor amax=" in done.stdout
