@@ -15,4 +15,4 @@ class QuantLinear(QuantMixin, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return self.on_quantized(lambda x, weight: F.linear(x, weight, self.bias), input)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.descriptor import INT8_WEIGHT, QuantDescriptor
+from lq.nn.recompute import keeping_less
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 QUANT_MODULES: dict[type[nn.Module], type["QuantModule"]] = {}
@@ -149,13 +150,24 @@ class QuantMixin(QuantInputMixin):
     """A module whose input and ``weight`` are quantized: its ``forward`` passes them through their quantizers."""
 
     quant_desc_keywords = ("quant_desc_input", "quant_desc_weight")
+    weight: Tensor
     weight_quantizer: TensorQuantizer
+    # set by lq.nn.recompute_
+    recompute: bool = False
 
     def init_quantizer(
         self, quant_desc_input: QuantDescriptor | None = None, quant_desc_weight: QuantDescriptor | None = None
     ) -> None:
         super().init_quantizer(quant_desc_input)
         self.make_quantizers(quant_desc_weight, "weight")
+
+    def on_quantized(self, operation: Callable[[Tensor, Tensor], Tensor], input: Tensor) -> Tensor:
+        """``operation`` of the quantized input and the quantized weight."""
+        x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
+        if not self.recompute:
+            return operation(x, weight)
+        with keeping_less((self.input_quantizer, input, x), (self.weight_quantizer, self.weight, weight)):
+            return operation(x, weight)
 
 
 def pop_quant_desc_in_kwargs(quant_cls: type[QuantModule], input_only: bool = False, **kwargs: Any) -> Any:

@@ -1,0 +1,115 @@
+"""What layers quantized, computed again in the backward pass in place of being kept until then."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lq.functional.fake_quant import fake_quant
+from lq.functional.operators import in_pieces, is_unobserved
+
+if TYPE_CHECKING:
+    from lq.nn.tensor_quantizer import TensorQuantizer
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def recompute_(model: M, enabled: bool = True) -> M:
+    """Have linear layers and convolutions keep nothing quantized for their backward pass, in place.
+
+    A layer in float keeps its input, which what made it (a ReLU, say) keeps too: one tensor. With fake quantization there are
+    two, the input and what it was rounded to, and the same goes for the weight. This leaves the second out, and rounds again
+    when gradients are computed (Chen et al., 2016, arXiv:1604.06174, for a single cheap operation): the memory of float
+    training, for another pass over the tensor. ``torch.compile`` decides for itself, and quantizers keep both where amax is learned or taken from each
+    input, for affine and block-wise grids, for inserted factors, and while they collect statistics.
+
+    Args:
+        model: quantized.
+        enabled: ``False`` undoes it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no quantized linear layer or convolution.
+
+    >>> import lq
+    >>> model = recompute_(lq.quantize_(nn.Linear(2, 2)))
+    >>> model.recompute
+    True
+    """
+    from lq.nn.quant_module import QuantMixin
+
+    layers = [m for m in model.modules() if isinstance(m, QuantMixin)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no quantized linear layer or convolution: call `lq.quantize_` first.")
+    for layer in layers:
+        layer.recompute = enabled
+    return model
+
+
+class _Again:
+    """Rounds a tensor again, as it was rounded before."""
+
+    __slots__ = ("amax", "grid", "versions", "x")
+
+    def __init__(self, x: Tensor, amax: Tensor, grid: tuple[Any, ...]) -> None:
+        self.x, self.amax, self.grid, self.versions = x, amax, grid, (x._version, amax._version)
+
+    def __call__(self) -> Tensor:
+        if (self.x._version, self.amax._version) != self.versions:
+            raise RuntimeError(
+                "An input of a quantized layer, or its amax, was changed in place between forward and backward, where it is "
+                "rounded again: turn `recompute` off, or change a copy."
+            )
+        with torch.no_grad():
+            return fake_quant(self.x, self.amax, *self.grid)
+
+
+def keeping_less(*tensors: "tuple[TensorQuantizer, Tensor, Tensor]") -> AbstractContextManager[Any]:
+    """Inside, operations that keep what a quantizer made of a tensor keep how to make it again.
+
+    Args:
+        tensors: quantizer, tensor, and what became of it.
+    """
+    made = [_made(*each) for each in tensors if _is_made_again(*each[1:])]
+    agains = {memory: again for memory, again in made if again is not None}
+    if not agains:
+        return nullcontext()
+
+    def pack(saved: Tensor) -> Any:
+        again = agains.get(_memory_of(saved))
+        # matrix products keep a view, convolutions the tensor as it lies
+        fits = again is not None and (saved.stride() == again.x.stride() or (saved.is_contiguous() and again.x.is_contiguous()))
+        return (again, saved.shape) if fits else saved
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[0]().view(packed[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _is_made_again(x: Tensor, rounded: Tensor) -> bool:
+    return rounded is not x and torch.is_grad_enabled() and is_unobserved(x) and not in_pieces()
+
+
+def _made(quantizer: "TensorQuantizer", x: Tensor, rounded: Tensor) -> tuple[Any, _Again | None]:
+    rounding = _rounding_of(quantizer)
+    return _memory_of(rounded), None if rounding is None else _Again(x, *rounding)
+
+
+def _memory_of(x: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor from others that are there, without holding it."""
+    return x.data_ptr(), x.numel(), x.dtype
+
+
+def _rounding_of(quantizer: "TensorQuantizer") -> tuple[Tensor, tuple[Any, ...]] | None:
+    """amax and grid, if fake quantization with them is all that the quantizer does."""
+    desc, amax = quantizer.quant_desc, quantizer._buffers["_amax"]
+    more = desc.affine or desc.normalize or desc.block_size is not None or not desc.fake_quant
+    if amax is None or more or not quantizer.active or quantizer._if_calib or quantizer.clip is not None:
+        return None
+    if quantizer.pre_quant_scale is not None or quantizer.pre_quant_shift is not None:
+        return None
+    return quantizer._scaled(amax), (desc.num_bits, desc.unsigned, desc.narrow_range)
