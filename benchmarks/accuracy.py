@@ -5,18 +5,20 @@
     python benchmarks/accuracy.py --table rows.jsonl ...
 
 Every convolution and linear layer has a scale per output channel for its weight and one per tensor for its input; the first
-convolution and the classifier keep 8 bits (``peers.py`` says what each tool does with that). 8 bits are calibrated on 8 train batches;
-fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches of 128 random
-crops and flips, the same ones in the same order for every tool. The row ``float`` trains the float model by the same recipe.
+convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
+batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
+of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
+recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 0`` only calibrates.
 
-Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations where
-there are several seeds), and the seconds of an epoch against those of the float model in the same process. ``--out`` gets a JSON line
+Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
+where there are several seeds), and the seconds of an epoch against those of the float model in the same process. ``--out`` gets
 a row as soon as it is known, so that several processes can share the work; ``--table`` prints one table of all their files.
 
 Peers belong into a virtual environment of their own: ``pip install -e .[recipes] nvidia-modelopt brevitas torchao``.
 """
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -123,25 +125,16 @@ def fit(model: nn.Module, data: Data, epochs: int, seed: int, loss: Loss = hard)
 
 def measured(tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, seed: int, float_seconds: float) -> Row:
     """A row of the table. ``float_seconds``: of a float epoch; 0 where this is the one to measure."""
-    loss = distilled(model) if tool == DISTILLED else hard
-    student = ResNetCifar(num_classes=data.classes).to(data.device) if bits is None else None
-    if student is not None:
-        student.load_state_dict(model.state_dict())
-    else:
-        assert bits is not None
-        student = TOOLS[tool](model, bits, bits, data.calibration(seed))
+    student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
     row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs}
+    loss = distilled(model) if tool == DISTILLED else hard
     found = list(fit(student, data, 0 if bits == 8 else epochs, seed, loss))
     if found:
-        # the first epoch of a process also chooses kernels
-        seconds = statistics.median([s for _, s in found][-4:])
         accuracies = [a for a, _ in found]
-        row |= {
-            "last": accuracies[-1],
-            "best": max(accuracies),
-            "seconds": seconds,
-            "ratio": seconds / (float_seconds or seconds),
-        }
+        row |= {"last": accuracies[-1], "best": max(accuracies)}
+        # the first epoch also chooses kernels
+        seconds = statistics.median([s for _, s in found[1:] or found])
+        row |= {"seconds": seconds, "ratio": seconds / (float_seconds or seconds)}
     return row | {"machine": describe_machine()}
 
 
@@ -185,13 +178,14 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
     for seed in arguments.seeds:
         # the float epochs that others are compared with; two if that is all they are for
         asked = FLOAT in arguments.tools
-        baseline = measured(FLOAT, None, model, data, arguments.epochs if asked else 2, seed, 0)
+        epochs = arguments.epochs if asked else min(2, arguments.epochs)
+        baseline = measured(FLOAT, None, model, data, epochs, seed, 0)
         if asked:
             yield baseline
         for bits in arguments.bits:
             for tool in arguments.tools:
                 if tool != FLOAT and not (bits == 8 and tool == DISTILLED):
-                    yield measured(tool, bits, model, data, arguments.epochs, seed, baseline["seconds"])
+                    yield measured(tool, bits, model, data, arguments.epochs, seed, baseline.get("seconds", 0))
 
 
 def main() -> None:

@@ -119,6 +119,30 @@ def of_brevitas(model: nn.Module, weight_bits: int, input_bits: int, batches: Ba
     return model
 
 
+def of_torchao(model: nn.Module, weight_bits: int, input_bits: int, batches: Batches, learned: bool = False) -> nn.Module:
+    """Scales from moving averages of the extremes, also while training; with ``learned`` parameters that start at the extremes.
+
+    Convolutions have their BatchNorm's factors in the weight that is quantized, as torchao's training of graphs does it; its
+    other training, ``torchao.quantization.qat``, is for linear layers and embeddings.
+    """
+    from pt2e import LayerQuantizer, ObservedInTraining
+    from torchao.quantization import pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    quantizer = LayerQuantizer((weight_bits, input_bits), {FIRST: (8, 8), LAST: (8, 8)}, (FIRST,), learned)
+    twin, batch = copy.deepcopy(model).train(), torch.export.Dim("batch", min=2)
+    graph = torch.export.export(twin, (batches[0],), dynamic_shapes=({0: batch},)).module()
+    graph = prepare_qat_pt2e(graph, quantizer)
+    pt2e.allow_exported_model_train_eval(graph)
+    graph.eval()
+    graph.apply(pt2e.disable_fake_quant)
+    run(graph, batches)
+    graph.apply(pt2e.enable_fake_quant)
+    if learned:
+        graph.apply(pt2e.enable_range_learning)
+    return graph if learned else ObservedInTraining(graph)
+
+
 TOOLS: dict[str, Quantized] = {
     "lq": of_lq,
     "lq-distilled": of_lq,
@@ -126,6 +150,8 @@ TOOLS: dict[str, Quantized] = {
     "modelopt-mse": partial(of_modelopt, algorithm="mse"),
     "brevitas": of_brevitas,
     "brevitas-mse": partial(of_brevitas, learned=True),
+    "torchao": of_torchao,
+    "torchao-learned": partial(of_torchao, learned=True),
 }
 
 
