@@ -113,7 +113,8 @@ def of_brevitas(model: nn.Module, weight_bits: int, input_bits: int, batches: Ba
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
             model.set_submodule(name, layer(name, module))
-    model.eval()
+    # the quantizers of inputs begin on the CPU
+    model.to(batches[0].device).eval()
     with torch.no_grad(), calibration_mode(model):
         run(model, batches)
     return model
@@ -132,7 +133,7 @@ def of_torchao(model: nn.Module, weight_bits: int, input_bits: int, batches: Bat
     quantizer = LayerQuantizer((weight_bits, input_bits), {FIRST: (8, 8), LAST: (8, 8)}, (FIRST,), learned)
     twin, batch = copy.deepcopy(model).train(), torch.export.Dim("batch", min=2)
     graph = torch.export.export(twin, (batches[0],), dynamic_shapes=({0: batch},)).module()
-    graph = prepare_qat_pt2e(graph, quantizer)
+    graph = prepare_qat_pt2e(graph, quantizer).to(batches[0].device)
     pt2e.allow_exported_model_train_eval(graph)
     graph.eval()
     graph.apply(pt2e.disable_fake_quant)
