@@ -24,7 +24,7 @@ Split = tuple[Tensor, Tensor]
 
 
 class Images(Dataset[Split]):
-    """A split, of which a loader takes whole batches.
+    """A split, of which a loader takes whole batches; where the split is on a GPU, they are made there.
 
     Args:
         split: images and classes.
@@ -37,7 +37,8 @@ class Images(Dataset[Split]):
     def __init__(self, split: Split, mean: Sequence[float], std: Sequence[float], padding: int = 0, flip: bool = False) -> None:
         self.pixels, self.classes = split
         self.padding, self.flip = padding, flip
-        self._mean, self._std = (255 * torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+        device = self.pixels.device
+        self._mean, self._std = (255 * torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -46,12 +47,12 @@ class Images(Dataset[Split]):
         x, y = self.__getitems__([index])
         return x[0], y[0]
 
-    def __getitems__(self, indices: list[int]) -> Split:
+    def __getitems__(self, indices: list[int] | Tensor) -> Split:
         x, y = self.pixels[indices], self.classes[indices]
         if self.padding:
             x = random_crop(x, self.padding)
         if self.flip:
-            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
         return (x - self._mean) / self._std, y
 
 
@@ -63,8 +64,12 @@ def random_crop(x: Tensor, padding: int) -> Tensor:
     """
     n, channels, height, width = x.shape
     padded = torch.nn.functional.pad(x, [padding] * 4)
-    rows, columns = (torch.randint(2 * padding + 1, (n, 1)) + torch.arange(size) for size in (height, width))
-    image, channel = torch.arange(n).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
+
+    def counted(size: int) -> Tensor:
+        return torch.arange(size, device=x.device)
+
+    rows, columns = (torch.randint(2 * padding + 1, (n, 1), device=x.device) + counted(size) for size in (height, width))
+    image, channel = counted(n).view(-1, 1, 1, 1), counted(channels).view(1, -1, 1, 1)
     return padded[image, channel, rows.view(n, 1, -1, 1), columns.view(n, 1, 1, -1)]
 
 

@@ -1,0 +1,224 @@
+"""Top-1 of ResNet-20 with few bits: lq beside ModelOpt, Brevitas and torchao, on the same images, by the same training loop.
+
+    python benchmarks/accuracy.py --data cifar10.zip --checkpoint resnet20.pt [--bits 8 4 3 2] [--tools lq modelopt ...]
+                                  [--epochs 5] [--seeds 0] [--device cuda] [--out rows.jsonl] [--limit-batches 3]
+    python benchmarks/accuracy.py --table rows.jsonl ...
+
+Every convolution and linear layer has a scale per output channel for its weight and one per tensor for its input; the first
+convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
+batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
+of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
+recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 0`` only calibrates.
+
+Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
+where there are several seeds), and the seconds of an epoch against those of the float model in the same process. ``--out`` gets
+a row as soon as it is known, so that several processes can share the work; ``--table`` prints one table of all their files.
+
+Peers belong into a virtual environment of their own: ``pip install -e .[recipes] nvidia-modelopt brevitas torchao``.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peers import TOOLS, installed
+from timing import describe_machine, timed
+from torch import Tensor, nn
+
+from lq.analysis.tables import Table
+from lq.functional.distill import soft_targets_loss
+from lq.recipes.images import Images, load_images
+from lq.recipes.resnet_cifar import ResNetCifar
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH, EVAL_BATCH, CALIBRATION_BATCHES = 128, 500, 8
+RATE, FINAL_RATE = 0.01, 0.0001
+FLOAT, DISTILLED = "float", "lq-distilled"
+
+Row = dict[str, Any]
+Batches = Iterator[tuple[Tensor, Tensor]]
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+class Data:
+    """Both splits on the device, where batches are cropped and flipped too.
+
+    Args:
+        path: as ``ImagesDataModule`` takes it.
+        device: where to.
+        limit: batches of an epoch, and of an evaluation; ``None`` takes all.
+    """
+
+    def __init__(self, path: str, device: str, limit: int | None) -> None:
+        splits, classes = load_images(path, "~/.cache/lightning-lq")
+        train, test = ((x.to(device), y.to(device)) for x, y in (splits["train"], splits["test"]))
+        self.train, self.test = Images(train, MEAN, STD, padding=4, flip=True), Images(test, MEAN, STD)
+        self.device, self.classes = device, len(classes)
+        self.steps = min(len(self.train) // BATCH, limit or len(self.train))
+        self.tests = min(-(-len(self.test) // EVAL_BATCH), limit or len(self.test))
+
+    def epoch(self) -> Batches:
+        """Train batches in random order."""
+        order = torch.randperm(len(self.train), device=self.device)
+        for i in range(self.steps):
+            yield self.train.__getitems__(order[i * BATCH : (i + 1) * BATCH])
+
+    def calibration(self, seed: int) -> list[Tensor]:
+        """Train batches to calibrate on."""
+        torch.manual_seed(seed)
+        return [images for (images, _), _ in zip(self.epoch(), range(CALIBRATION_BATCHES), strict=False)]
+
+    @torch.no_grad()
+    def top1(self, model: nn.Module) -> float:
+        """Percentage of the test images that ``model`` is right about; with a limit, of some out of all classes."""
+        model.eval()
+        chosen = torch.arange(len(self.test), device=self.device)
+        if self.tests * EVAL_BATCH < len(self.test):
+            chosen = chosen[:: len(self.test) // (self.tests * EVAL_BATCH)]
+        right = torch.zeros((), device=self.device)
+        for indices in chosen.split(EVAL_BATCH)[: self.tests]:
+            images, classes = self.test.__getitems__(indices)
+            right += (model(images).argmax(1) == classes).sum()
+        return 100 * right.item() / min(len(chosen), self.tests * EVAL_BATCH)
+
+
+def hard(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    return F.cross_entropy(model(images), classes)
+
+
+def distilled(teacher: nn.Module) -> Loss:
+    """Cross entropy plus that to the teacher's softened outputs: ``conf/callbacks/distill.yaml``."""
+
+    def loss(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(images)
+        logits = model(images)
+        return F.cross_entropy(logits, classes) + soft_targets_loss(logits, wanted, temperature=4.0)
+
+    return loss
+
+
+def fit(model: nn.Module, data: Data, epochs: int, seed: int, loss: Loss = hard) -> Iterator[tuple[float, float]]:
+    """Train; after each epoch its top-1 and its seconds (of training alone)."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs * data.steps, 1), eta_min=FINAL_RATE)
+
+    def epoch() -> None:
+        for images, classes in data.epoch():
+            optimizer.zero_grad()
+            loss(model, images, classes).backward()
+            optimizer.step()
+            schedule.step()
+
+    for _ in range(epochs):
+        model.train()
+        seconds = timed(epoch)
+        yield data.top1(model), seconds
+
+
+def measured(tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, seed: int, float_seconds: float) -> Row:
+    """A row of the table. ``float_seconds``: of a float epoch; 0 where this is the one to measure."""
+    student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
+    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs}
+    loss = distilled(model) if tool == DISTILLED else hard
+    found = list(fit(student, data, 0 if bits == 8 else epochs, seed, loss))
+    if found:
+        accuracies = [a for a, _ in found]
+        row |= {"last": accuracies[-1], "best": max(accuracies)}
+        # the first epoch also chooses kernels
+        seconds = statistics.median([s for _, s in found[1:] or found])
+        row |= {"seconds": seconds, "ratio": seconds / (float_seconds or seconds)}
+    return row | {"machine": describe_machine()}
+
+
+# The table
+
+
+def name_of(bits: int | None) -> str:
+    return "float" if bits is None else f"W{bits}A{bits}"
+
+
+def cell(rows: list[Row], key: str) -> str:
+    """Mean, and standard deviation over seeds."""
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def table(rows: list[Row]) -> Table:
+    groups: dict[tuple[int | None, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["bits"], row["tool"]), []).append(row)
+    order = [FLOAT, *TOOLS]
+    keys = sorted(groups, key=lambda key: (-(key[0] or 99), order.index(key[1])))
+    epochs = max((row["epochs"] for row in rows), default=0)
+    columns = ["Model", "Tool", "Seeds", "Calibrated", f"After {epochs} epochs", "Best epoch", "Epoch / float"]
+    cells = [
+        [name_of(bits), tool, str(len(found)), *(cell(found, key) for key in ("calibrated", "last", "best", "ratio"))]
+        for (bits, tool), found in ((key, groups[key]) for key in keys)
+    ]
+    return Table("Top-1 on the test images, %", columns, cells)
+
+
+def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Train and evaluate all that is asked for."""
+    data = Data(arguments.data, arguments.device, arguments.limit_batches)
+    model = ResNetCifar(num_classes=data.classes)
+    model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True, map_location="cpu"))
+    model.to(data.device).eval()
+    for seed in arguments.seeds:
+        # the float epochs that others are compared with; two if that is all they are for
+        asked = FLOAT in arguments.tools
+        epochs = arguments.epochs if asked else min(2, arguments.epochs)
+        baseline = measured(FLOAT, None, model, data, epochs, seed, 0)
+        if asked:
+            yield baseline
+        for bits in arguments.bits:
+            for tool in arguments.tools:
+                if tool != FLOAT and not (bits == 8 and tool == DISTILLED):
+                    yield measured(tool, bits, model, data, arguments.epochs, seed, baseline.get("seconds", 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="a .zip or a folder of images")
+    parser.add_argument("--checkpoint", help="the float state dict")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
+    parser.add_argument("--tools", nargs="+", default=[FLOAT, *TOOLS], choices=[FLOAT, *TOOLS])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    parser.add_argument("--limit-batches", type=int, help="of an epoch and of an evaluation, to try things out")
+    parser.add_argument("--table", type=Path, nargs="+", default=[], help="files of --out to print; runs nothing")
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for file in arguments.table for line in file.read_text().splitlines()]
+    if not arguments.table:
+        if arguments.data is None or arguments.checkpoint is None:
+            parser.error("--data and --checkpoint are needed: images and the float weights to start from")
+        missing = [tool for tool in arguments.tools if not installed(tool)]
+        for tool in missing:
+            print(f"{tool} is not installed: its rows are left out.")
+        arguments.tools = [tool for tool in arguments.tools if tool not in missing]
+        torch.backends.cudnn.benchmark = True
+        for row in rows_of(arguments):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    found = table(rows)
+    print(f"\n{found.title}; {', '.join(sorted({row['machine'] for row in rows}))}\n\n{found.markdown()}")
+
+
+if __name__ == "__main__":
+    main()
