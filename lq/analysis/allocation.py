@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from lq.analysis.output_error import Effect, MetricLike
-from lq.analysis.tables import Table, decibels_text, number
+from lq.analysis.tables import Table, number
 from lq.analysis.widths import Choices, Trial, Widths
 from lq.descriptor import QuantRule
 from lq.methods import Method
@@ -53,10 +53,11 @@ class Allocation:
         return {"layers": layers, **costs, "predicted_mse": self.predicted_mse, **asdict(self.effect)}
 
     def table(self) -> Table:
-        """A row for each layer."""
+        """A row for each layer, and one for all of them together."""
         rows = [[name, str(widths), number(self.errors[name])] for name, widths in self.widths.items()]
-        total = f"{self.size:,.0f} bytes, {self.bit_operations:.4g} bit-operations, {decibels_text(self.effect.sqnr_db)} dB"
-        return Table(f"Widths: {self.mean_bits:.2f} bits on average, {total}", ["Layer", "Bits", "Alone (MSE)"], rows)
+        rows.append(["all", "", number(self.effect.mse)])
+        total = f"{self.size:,.0f} bytes, {self.bit_operations:.3g} bit-operations"
+        return Table(f"Widths: {self.mean_bits:.2f} bits on average, {total}", ["Layer", "Bits", "MSE of the output"], rows)
 
 
 class Allocator:

@@ -43,6 +43,11 @@ class Front:
         """KiB, or millions of bit-operations."""
         return allocation.size / 1024 if self.by == "size" else allocation.bit_operations / 1e6
 
+    @staticmethod
+    def name_of(allocation: Allocation) -> str:
+        """The widths that most layers have: some have no weight, or an activation in float."""
+        return Counter(map(str, allocation.widths.values())).most_common(1)[0][0]
+
     @property
     def unit(self) -> str:
         """That of :meth:`cost`, with a name."""
@@ -50,7 +55,7 @@ class Front:
 
     def table(self) -> Table:
         """A row for each allocation, and for each width everywhere, the cheapest first."""
-        found = [("allocated", a) for a in self.allocated] + [(f"all {_usual(a)}", a) for a in self.uniform]
+        found = [("allocated", a) for a in self.allocated] + [(f"all {self.name_of(a)}", a) for a in self.uniform]
         found += [] if self.chosen is None else [("chosen", self.chosen)]
         found.sort(key=lambda item: self.cost(item[1]))
         columns = ["Widths", "Bits", self.unit, "Expected (MSE)", "Found (MSE)", "SQNR (dB)"]
@@ -58,7 +63,7 @@ class Front:
             [
                 kind,
                 f"{a.mean_bits:.2f}",
-                number(self.cost(a)),
+                f"{self.cost(a):.4g}",
                 number(a.predicted_mse),
                 number(a.effect.mse),
                 decibels_text(a.effect.sqnr_db),
@@ -88,11 +93,6 @@ class Front:
         from lq.analysis.sensitivity_figure import save_front
 
         return save_front(self, Path(path))
-
-
-def _usual(allocation: Allocation) -> str:
-    """The widths that most layers have: some have no weight, or an activation in float."""
-    return Counter(map(str, allocation.widths.values())).most_common(1)[0][0]
 
 
 def front(

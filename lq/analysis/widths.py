@@ -106,6 +106,8 @@ class Trial:
         quantizers = [quantizer for part in self.parts for quantizer in part.quantizers]
         for quantizer in quantizers:
             quantizer.frozen = False
+            if quantizer.learns_step:
+                quantizer.fix_step()
             if quantizer.quant_desc.amax is None:
                 quantizer.amax = None
             quantizer.quant_desc = _measured(quantizer.quant_desc)
