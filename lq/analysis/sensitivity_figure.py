@@ -98,16 +98,15 @@ def draw_front(found: "Front") -> Figure:
 
 def _draw_kinds(ax: Axes, found: "Front", value: "Callable[[Allocation], float]") -> None:
     """Allocations, one width everywhere, and the allocation that was asked for."""
-    for allocations, colour, marker, label in (
-        (found.uniform, ORANGE, "s", "one width everywhere"),
-        (found.allocated, BLUE, "o", "allocated"),
-    ):
-        points = sorted((found.cost(a), value(a)) for a in allocations)
-        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
-    for a in found.uniform:
+    points = sorted((found.cost(a), value(a)) for a in found.allocated)
+    ax.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4, linewidth=1.2, label="allocated")
+    uniform = [(found.cost(a), value(a)) for a in found.uniform]
+    ax.scatter(*zip(*uniform, strict=True), color=ORANGE, marker="s", s=24, zorder=3, label="one width everywhere")
+    for a, point in zip(found.uniform, uniform, strict=True):
         # below a rising curve there is room
-        place: Any = {"xytext": (5, -3), "textcoords": "offset points", "va": "top", "fontsize": 7, "color": ORANGE}
-        ax.annotate(found.name_of(a), (found.cost(a), value(a)), **place)
+        place: Any = {"xytext": (6, -3), "textcoords": "offset points", "va": "top", "fontsize": 7, "color": ORANGE}
+        ax.annotate(found.name_of(a), point, **place)
     if found.chosen is not None:
         label = f"within the budget: {found.chosen.mean_bits:.2f} bits"
-        ax.scatter(found.cost(found.chosen), value(found.chosen), color="black", marker="*", s=90, zorder=3, label=label)
+        ax.scatter(found.cost(found.chosen), value(found.chosen), color="black", marker="*", s=90, zorder=4, label=label)
+    ax.margins(y=0.12)

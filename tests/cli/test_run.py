@@ -244,7 +244,7 @@ def test_a_sweep_ends_in_one_table_and_names_what_failed(tmp_path, float_weights
     assert header == "| job | calib | rescale.alpha | float | calibrated | rescaled | qat | failed |"
     assert [row.split(" | ")[1:3] for row in rows] == [["max", "0.5"], ["max", "2"], ["percentile", "0.5"], ["percentile", "2"]]
     accuracy = json.loads((tmp_path / "out" / "0" / "metrics.json").read_text())["qat/val_acc"]
-    assert f"| {100 * accuracy:.4g} |" in rows[0]
+    assert f"| {100 * accuracy:.2f} |" in rows[0]
     assert rows[1].endswith("| yes |")
     assert "percentile" in result.stdout[result.stdout.index("Runs: val_acc") :]
 
