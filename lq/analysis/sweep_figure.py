@@ -124,7 +124,9 @@ def _dots(ax: Axes, sweep: "Sweep", places: "list[tuple[int, Job]]") -> None:
             ax.hlines(place, min(values), max(values), color=GREY, linewidth=0.8, zorder=1)
         text = sweep.text(last[place]) if place in last else "failed"
         best = sweep.unit == "%" and place in last and last[place] == max(last.values())
-        ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, fontweight="bold" if best else None)
+        ax.text(
+            1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, fontweight="bold" if best else None
+        )
     if len({list(job.values)[-1] for _, job in places if job.values}) == 1:
         ax.text(1.01, -0.9, sweep.stages[-1], transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
     for (stage, colour), size in _sized(stages):

@@ -20,9 +20,11 @@ from lq.callbacks import Quantize
 from lq.cli.deploy import inputs_from
 from lq.cli.outputs import prepare_folder, write_json
 from lq.cli.run import check, load_float, train_float
-from lq.cli.sensitivity_options import Budget, methods_of, spared
-from lq.cli.sensitivity_page import Findings, command_for
+from lq.cli.sensitivity_options import Budget, about_rules, methods_of, spared, widths_of
+from lq.cli.sensitivity_page import Findings, command_for, short
 from lq.cli.validation import Validation
+from lq.descriptor import QuantRule
+from lq.placement import check_target
 
 # Overrides that are about this verb, and not about the model.
 OWN = {
@@ -46,7 +48,7 @@ def find_sensitive(cfg: DictConfig) -> dict[str, float]:
     if cfg.ckpt_path is None:
         console.rule("Float training")
         train_float(cfg, model, data, folder)
-        told.append(f"ckpt_path={folder / 'checkpoints' / 'float.ckpt'}")
+        told.append(f"ckpt_path={short(folder / 'checkpoints' / 'float.ckpt')}")
     else:
         load_float(model, cfg.ckpt_path)
 
@@ -63,18 +65,19 @@ def find_sensitive(cfg: DictConfig) -> dict[str, float]:
         mean_bits = budget.mean_bits(allocator)
     with validation.showing(f"Measuring each {cfg.by} alone, and all but it"):
         found = sensitivity(model, batches, by=cfg.by, metric=validation)
-    rules, front = None, None
+    chosen, front = None, None
     if allocator is not None:
         with validation.showing("Measuring each layer at each width, and allocations"):
             chosen = allocator.allocate(mean_bits)
-            front, rules = front_of(allocator, cfg.budgets, chosen), list(chosen.rules)
+            front = front_of(allocator, cfg.budgets, chosen)
 
     findings = Findings(cfg.name, cfg.quant.name, validation.describe(), found, front)
     # what was found is kept, even if no rule reaches a row that is to be spared
     findings.write(folder)
     console.print()
     findings.print(console)
-    findings.write_rules(spared(found, cfg) if rules is None else rules, command_for(folder, told, cfg), folder, console)
+    rules = spared(found, cfg) if chosen is None else chosen.rules
+    findings.write_rules(rules, about_rules(found, cfg, chosen), command_for(folder, told, cfg), folder, console)
     metrics = findings.metrics()
     write_json(metrics, folder / "metrics.json")
     return metrics
@@ -97,7 +100,9 @@ def configured(cfg: DictConfig, told: list[str]) -> tuple[DictConfig, list[str]]
         composed = compose("sensitivity", merged)
     except HydraException as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"`run` {folder} does not compose here ({first}): give its --config-dir, from the same folder.") from error
+        raise ValueError(
+            f"`run` {folder} does not compose here ({first}): give its --config-dir, from the same folder."
+        ) from error
     if composed.ckpt_path is None:
         composed.ckpt_path = str(folder / "checkpoints" / "float.ckpt")
         merged.append(f"ckpt_path={composed.ckpt_path}")
@@ -123,6 +128,7 @@ def checked(cfg: DictConfig, data: LightningDataModule, model: LightningModule) 
         if not isinstance(cfg[name], int) or cfg[name] < least:
             raise ValueError(f"`{name}` is {cfg[name]}: give a whole number from {least} on.")
     check(cfg, data, model, {"quantize": quantize_of(cfg)})
+    check_target(cfg.export.target, [QuantRule("*", {"num_bits": b}, {"num_bits": b, "axis": 0}) for b in widths_of(cfg)])
     return None if cfg.budget is None else Budget.read(cfg.budget)
 
 

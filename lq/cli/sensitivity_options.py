@@ -6,9 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lq.analysis import Sensitivity
+from lq.analysis import Allocation, Sensitivity
 from lq.analysis.allocation import Allocator
+from lq.analysis.parts import bits_text
 from lq.descriptor import QuantRule
+from lq.functional.grid import Bits
 
 UNITS = {"share": "of the quantized model", "bits": "bits on average", "cost": "bytes or bit-operations"}
 
@@ -63,13 +65,35 @@ def methods_of(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     """The calibration's method with its options, by patterns on quantizers."""
     method: Any = OmegaConf.to_container(cfg.calib)
     methods = method["method"] if isinstance(method["method"], dict) else {"*": method["method"]}
-    return {
-        pattern: method["options"] | (own if isinstance(own, dict) else {"method": own}) for pattern, own in methods.items()
-    }
+    return {pattern: method["options"] | (own if isinstance(own, dict) else {"method": own}) for pattern, own in methods.items()}
+
+
+def widths_of(cfg: DictConfig) -> set[Bits]:
+    """All widths that rules may get."""
+    bits: Any = [] if cfg.budget is None else OmegaConf.to_container(cfg.bits)
+    found = {b for choice in bits for b in (choice if isinstance(choice, list) else [choice])}
+    return found | (set() if cfg.num_bits is None else {num_bits_of(cfg)})
+
+
+def num_bits_of(cfg: DictConfig) -> Bits | None:
+    """The width of what is spared: a list, as [4, 3], is a float's."""
+    found: Bits | None = cfg.num_bits if cfg.num_bits is None or isinstance(cfg.num_bits, int) else tuple(cfg.num_bits)
+    return found
 
 
 def spared(found: Sensitivity, cfg: DictConfig) -> list[QuantRule]:
     """Rules that spare what ``worst`` or ``below_db`` say."""
-    num_bits: Any = cfg.num_bits if cfg.num_bits is None or isinstance(cfg.num_bits, int) else tuple(cfg.num_bits)
     worst = min(cfg.worst, len(found.rows)) if cfg.below_db is None else None
-    return found.rules(worst, below_db=cfg.below_db, num_bits=num_bits)
+    return found.rules(worst, below_db=cfg.below_db, num_bits=num_bits_of(cfg))
+
+
+def about_rules(found: Sensitivity, cfg: DictConfig, chosen: Allocation | None) -> str:
+    """What the rules do."""
+    if chosen is not None:
+        return f"a width for each layer, {chosen.mean_bits:.2f} bits on average"
+    bits = num_bits_of(cfg)
+    width = "in float" if bits is None else f"with {bits_text(bits)} bits"
+    which = f"the {min(cfg.worst, len(found.rows))} most sensitive"
+    return (
+        f"{which if cfg.below_db is None else f'what alone leaves less than {cfg.below_db} dB'} {width}, the others as they are"
+    )

@@ -72,26 +72,25 @@ class Findings:
         (folder / "sensitivity.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         write_json(records, folder / "sensitivity.json")
 
-    def write_rules(self, rules: Sequence[QuantRule], command: str, folder: Path, console: Console) -> None:
-        """``quant/rules.yaml``, and how to use it."""
+    def write_rules(self, rules: Sequence[QuantRule], about: str, command: str, folder: Path, console: Console) -> None:
+        """``quant/rules.yaml``, what is in it, and the command that uses it."""
         path = folder / "quant" / "rules.yaml"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"# {command}\n{quant_group(rules, 'mixed')}", encoding="utf-8")
+        path.write_text(f"# {about}\n# {command}\n{quant_group(rules, 'mixed')}", encoding="utf-8")
         with (folder / "sensitivity.md").open("a", encoding="utf-8") as page:
-            page.write(f"\n## Rules\n\n[quant/rules.yaml](quant/rules.yaml) has {self.about_rules()}:\n\n    {command}\n")
-        console.print(f"Rules, {self.about_rules()}: {path}\nTo use them: {command}", soft_wrap=True, markup=False, highlight=False)
-
-    def about_rules(self) -> str:
-        """What the rules do."""
-        if self.chosen is None:
-            return "a rule for each layer, without the most sensitive"
-        return f"a width for each layer, {self.chosen.mean_bits:.2f} bits on average"
+            page.write(f"\n## Rules\n\n[quant/rules.yaml](quant/rules.yaml) has {about}:\n\n    {command}\n")
+        console.print(f"Rules: {short(path)} has {about}:\n{command}", soft_wrap=True, markup=False, highlight=False)
 
     def metrics(self) -> dict[str, float]:
         """The metric of each model, as a run has them."""
         name, found = self.sensitivity.metric_name, self.sensitivity
         metrics = {f"float/{name}": found.float_metric, f"quantized/{name}": found.quantized.metric}
         return metrics if self.chosen is None else metrics | {f"allocated/{name}": self.chosen.effect.metric}
+
+
+def short(path: Path) -> Path:
+    """A path from the present folder on, if it lies in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def command_for(folder: Path, told: Sequence[str], cfg: DictConfig) -> str:
@@ -105,4 +104,4 @@ def command_for(folder: Path, told: Sequence[str], cfg: DictConfig) -> str:
     kept = [override for override in told if override.lstrip("+").split("=")[0].split(".")[0] != "quant"]
     # rules of an experiment would stand behind those of the file
     kept += ["quant=rules", *["quant.overrides=[]"] * bool(cfg.quant.overrides)]
-    return shlex.join(["lq", *kept, "--config-dir", str(folder)])
+    return shlex.join(["lq", *kept, "--config-dir", str(short(folder))])

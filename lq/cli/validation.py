@@ -51,7 +51,9 @@ class Validation:
 
     def describe(self) -> str:
         """On what it was measured."""
-        return f"{self.__name__} on " + ("all validation data" if self._batches is None else f"{self._batches} validation batches")
+        return f"{self.__name__} on " + (
+            "all validation data" if self._batches is None else f"{self._batches} validation batches"
+        )
 
     @contextmanager
     def showing(self, doing: str) -> Iterator[None]:
