@@ -101,7 +101,8 @@ def _draw_kinds(ax: Axes, found: "Front", value: "Callable[[Allocation], float]"
     points = sorted((found.cost(a), value(a)) for a in found.allocated)
     ax.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4, linewidth=1.2, label="allocated")
     uniform = [(found.cost(a), value(a)) for a in found.uniform]
-    ax.scatter(*zip(*uniform, strict=True), color=ORANGE, marker="s", s=24, zorder=3, label="one width everywhere")
+    xs, ys = zip(*uniform, strict=True)
+    ax.scatter(xs, ys, color=ORANGE, marker="s", s=24, zorder=3, label="one width everywhere")
     for a, point in zip(found.uniform, uniform, strict=True):
         # below a rising curve there is room
         place: Any = {"xytext": (6, -3), "textcoords": "offset points", "va": "top", "fontsize": 7, "color": ORANGE}

@@ -124,11 +124,11 @@ def _dots(ax: Axes, sweep: "Sweep", places: "list[tuple[int, Job]]") -> None:
             ax.hlines(place, min(values), max(values), color=GREY, linewidth=0.8, zorder=1)
         text = sweep.text(last[place]) if place in last else "failed"
         best = sweep.unit == "%" and place in last and last[place] == max(last.values())
-        ax.text(
-            1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, fontweight="bold" if best else None
-        )
+        weight = "bold" if best else "normal"
+        ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, fontweight=weight)
     if len({list(job.values)[-1] for _, job in places if job.values}) == 1:
         ax.text(1.01, -0.9, sweep.stages[-1], transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
     for (stage, colour), size in _sized(stages):
         found = [(job.values[stage], place) for place, job in places if stage in job.values]
-        ax.scatter(*zip(*found, strict=True), color=colour, s=size**2, label=stage, zorder=2)
+        xs, ys = zip(*found, strict=True)
+        ax.scatter(xs, ys, color=colour, s=size**2, label=stage, zorder=2)

@@ -23,7 +23,7 @@ from lq.cli.run import check, load_float, train_float
 from lq.cli.sensitivity_options import Budget, about_rules, methods_of, spared, widths_of
 from lq.cli.sensitivity_page import Findings, command_for, short
 from lq.cli.validation import Validation
-from lq.descriptor import QuantRule
+from lq.descriptor import QuantDescriptor, QuantRule
 from lq.placement import check_target
 
 # Overrides that are about this verb, and not about the model.
@@ -128,7 +128,7 @@ def checked(cfg: DictConfig, data: LightningDataModule, model: LightningModule) 
         if not isinstance(cfg[name], int) or cfg[name] < least:
             raise ValueError(f"`{name}` is {cfg[name]}: give a whole number from {least} on.")
     check(cfg, data, model, {"quantize": quantize_of(cfg)})
-    check_target(cfg.export.target, [QuantRule("*", {"num_bits": b}, {"num_bits": b, "axis": 0}) for b in widths_of(cfg)])
+    check_target(cfg.export.target, [QuantRule("*", QuantDescriptor(num_bits=b)) for b in widths_of(cfg)])
     return None if cfg.budget is None else Budget.read(cfg.budget)
 
 

@@ -40,7 +40,7 @@ class Budget:
             value = -1
         if not value > 0 or isinstance(given, bool):
             raise ValueError(
-                f"`budget` is {given!r}: give a share up to 1, as 0.6; bytes or bit-operations, as 20000; or '4.5 bits', on average."
+                f"`budget` is {given!r}: give a share up to 1, as 0.6; bytes or bit-operations, as 20000; or '4.5 bits'."
             )
         return cls(value, "bits" if bits else "share" if value <= 1 else "cost")
 
@@ -72,7 +72,8 @@ def widths_of(cfg: DictConfig) -> set[Bits]:
     """All widths that rules may get."""
     bits: Any = [] if cfg.budget is None else OmegaConf.to_container(cfg.bits)
     found = {b for choice in bits for b in (choice if isinstance(choice, list) else [choice])}
-    return found | (set() if cfg.num_bits is None else {num_bits_of(cfg)})
+    spare = num_bits_of(cfg)
+    return found if spare is None else found | {spare}
 
 
 def num_bits_of(cfg: DictConfig) -> Bits | None:
@@ -93,7 +94,6 @@ def about_rules(found: Sensitivity, cfg: DictConfig, chosen: Allocation | None) 
         return f"a width for each layer, {chosen.mean_bits:.2f} bits on average"
     bits = num_bits_of(cfg)
     width = "in float" if bits is None else f"with {bits_text(bits)} bits"
-    which = f"the {min(cfg.worst, len(found.rows))} most sensitive"
-    return (
-        f"{which if cfg.below_db is None else f'what alone leaves less than {cfg.below_db} dB'} {width}, the others as they are"
-    )
+    worst = f"the {min(cfg.worst, len(found.rows))} most sensitive"
+    which = worst if cfg.below_db is None else f"what alone leaves less than {cfg.below_db} dB"
+    return f"{which} {width}, the others as they are"

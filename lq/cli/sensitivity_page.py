@@ -14,9 +14,9 @@ from lq.analysis.rules import quant_group
 from lq.cli.outputs import write_json
 from lq.descriptor import QuantRule
 
-EXPLAINED = """Signal to quantization noise (SQNR) of the model's output, over train batches: with each alone quantized, and with all
-but it. The most sensitive come first: a low value in the first column says that it hurts by itself, a high one in the second that the
-others do much better without it."""
+EXPLAINED = """Signal to quantization noise (SQNR) of the model's output, over train batches: with each alone quantized, and with
+all but it. The most sensitive come first: a low value in the first column says that it hurts by itself, a high one in the second
+that the others do much better without it."""
 FRONT = """Each layer was quantized alone to each width; the widths of an allocation have the least sum of these errors within its
 budget. *Expected* is that sum, *found* what they do together."""
 

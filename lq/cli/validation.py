@@ -51,9 +51,8 @@ class Validation:
 
     def describe(self) -> str:
         """On what it was measured."""
-        return f"{self.__name__} on " + (
-            "all validation data" if self._batches is None else f"{self._batches} validation batches"
-        )
+        data = "all validation data" if self._batches is None else f"{self._batches} validation batches"
+        return f"{self.__name__} on {data}"
 
     @contextmanager
     def showing(self, doing: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from lq.analysis.allocation import Allocator
 from lq.cli.deploy import inputs_from
 from lq.cli.main import _job, register_resolvers
 from lq.cli.sensitivity import calibrate_, checked, configured, find_sensitive
-from lq.cli.sensitivity_options import Budget, methods_of
+from lq.cli.sensitivity_options import Budget, methods_of, widths_of
 from lq.recipes.digits import DigitsClassifier
 
 QUIET = ["trainer.enable_progress_bar=false", "data.val_fraction=0.1", "calib=max", "calib.batches=2", "batches=2"]
@@ -71,9 +71,8 @@ def test_everything_lies_in_one_folder(found):
 
 def test_the_budget_is_a_share_of_what_the_quantized_model_has(found):
     chosen = json.loads((found[0] / "sensitivity.json").read_text())["front"]["chosen"]
-    weights = sum(
-        m.weight.numel() for m in DigitsClassifier(width=8).modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
-    )
+    layers = [m for m in DigitsClassifier(width=8).modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
     assert chosen["size"] <= 0.8 * weights * 4 / 8 < weights
     assert len({layer["weight"] for layer in chosen["layers"].values()}) > 1
 
@@ -174,9 +173,7 @@ def test_budgets_that_nothing_meets():
     with lq.calibrating(lq.quantize_(model)):
         model(batches[0])
     allocator = Allocator(model, batches, (2, 4), method="max")
-    assert (
-        Budget.read(0.5).mean_bits(allocator) == Budget.read(4).mean_bits(allocator) == Budget.read("4 bits").mean_bits(allocator)
-    )
+    assert {Budget.read(given).mean_bits(allocator) for given in (0.5, 4, "4 bits")} == {4}
     with pytest.raises(ValueError, match=r"`budget` is 0.1 \(of the quantized model\), 0.8 bits .*: `bits` leads from 2 to 4"):
         Budget.read(0.1).mean_bits(allocator)
     with pytest.raises(ValueError, match=r"`budget` is 9 \(bytes or bit-operations\), 9 bits"):
@@ -199,6 +196,15 @@ def test_a_run_gives_its_choices_and_its_float_weights(tmp_path):
     assert (merged.quant.name, merged.model.width, merged.calib.method, merged.budget) == ("w4a4", 8, "max", 0.5)
     assert merged.ckpt_path == str(tmp_path / "checkpoints" / "float.ckpt")
     assert told == ["model.width=8", "calib=max", "quant=w4a4", f"ckpt_path={merged.ckpt_path}"]
+
+
+def test_every_option_composes(tmp_path):
+    every = ["by=layer", "batches=1", "metric=val_loss", "val_batches=2", "worst=1", "below_db=30", "num_bits=[4,3]"]
+    every += ["budget=4.5 bits", "cost=bit_operations", "bits=[[4,8],[8,8]]", "budgets=3"]
+    cfg = config("sensitivity", tmp_path, *every, "experiment=cifar10_low_bits", "data.path=pictures.zip")
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert cfg.export.format is None
+    assert widths_of(cfg) == {4, 8, (4, 3)}
 
 
 def test_a_job_in_a_process_of_a_launcher_knows_what_configs_use(tmp_path):
