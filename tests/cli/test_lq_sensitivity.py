@@ -53,6 +53,7 @@ def found(tmp_path_factory, float_weights):
     return folder, find_sensitive(config("sensitivity", folder, *told)), told
 
 
+@pytest.mark.slow
 def test_everything_lies_in_one_folder(found):
     folder, metrics, _ = found
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -69,6 +70,7 @@ def test_everything_lies_in_one_folder(found):
     assert "quant=rules" in page
 
 
+@pytest.mark.slow
 def test_the_budget_is_a_share_of_what_the_quantized_model_has(found):
     chosen = json.loads((found[0] / "sensitivity.json").read_text())["front"]["chosen"]
     layers = [m for m in DigitsClassifier(width=8).modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
@@ -77,6 +79,7 @@ def test_the_budget_is_a_share_of_what_the_quantized_model_has(found):
     assert len({layer["weight"] for layer in chosen["layers"].values()}) > 1
 
 
+@pytest.mark.slow
 def test_the_command_that_it_prints_builds_the_model_that_was_measured(found, tmp_path):
     folder, _, _ = found
     command = next(line.split() for line in (folder / "sensitivity.md").read_text().splitlines() if line.startswith("    lq "))
@@ -91,6 +94,7 @@ def test_the_command_that_it_prints_builds_the_model_that_was_measured(found, tm
     assert built == expected
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_the_function_finds(found):
     folder, _, told = found
     cfg = config("sensitivity", folder, *told)
@@ -114,6 +118,7 @@ def test_what_is_written_is_what_the_function_finds(found):
             assert (effect.mse, effect.metric) == pytest.approx((written["mse"], written["metric"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_budget_the_worst_are_spared(tmp_path, float_weights):
     told = [*float_weights, *QUIET, "worst=2", "num_bits=7", "val_batches=1", "metric=val_loss", "rescale=none"]
     metrics = find_sensitive(config("sensitivity", tmp_path, *told))
