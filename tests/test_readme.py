@@ -15,6 +15,7 @@ BLOCKS = {
         "docs/export.md",
         "docs/mct.md",
         "docs/migrating.md",
+        "docs/sensitivity.md",
         "docs/smoothquant.md",
     )
 }

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from lq.analysis.output_error import Effect, MetricLike
-from lq.analysis.tables import Table, decibels_text, number
+from lq.analysis.tables import Table, number
 from lq.analysis.widths import Choices, Trial, Widths
 from lq.descriptor import QuantRule
 from lq.methods import Method
@@ -45,15 +46,22 @@ class Allocation:
         """The sum of :attr:`errors`: as if the errors of layers had nothing to do with each other."""
         return sum(self.errors.values())
 
+    def records(self) -> dict[str, Any]:
+        """All figures in plain types."""
+        layers = {name: {**widths._asdict(), "mse": self.errors[name]} for name, widths in self.widths.items()}
+        costs = {"size": self.size, "bit_operations": self.bit_operations, "mean_bits": self.mean_bits}
+        return {"layers": layers, **costs, "predicted_mse": self.predicted_mse, **asdict(self.effect)}
+
     def table(self) -> Table:
-        """A row for each layer."""
+        """A row for each layer, and one for all of them together."""
         rows = [[name, str(widths), number(self.errors[name])] for name, widths in self.widths.items()]
-        total = f"{self.size:,.0f} bytes, {self.bit_operations:.4g} bit-operations, {decibels_text(self.effect.sqnr_db)} dB"
-        return Table(f"Widths: {self.mean_bits:.2f} bits on average, {total}", ["Layer", "Bits", "Alone (MSE)"], rows)
+        rows.append(["all", "", number(self.effect.mse)])
+        total = f"{self.size:,.0f} bytes, {self.bit_operations:.3g} bit-operations"
+        return Table(f"Widths: {self.mean_bits:.2f} bits on average, {total}", ["Layer", "Bits", "MSE of the output"], rows)
 
 
 class Allocator:
-    """The error of every layer at every width, measured once for any number of budgets.
+    """The error of every layer at every width, measured once for any number of budgets, as ``allocator.allocate(budget)``.
 
     Arguments are those of :func:`allocate_bits`, and ``metric`` and ``targets`` those of :func:`lq.analysis.sensitivity`.
     """
@@ -77,16 +85,20 @@ class Allocator:
         self.trial = Trial(model, batches, wanted, method, metric, targets)
         # what cannot change has one choice
         self.choices = {n: list(dict.fromkeys(map(w.given, self.bits))) for n, w in self.trial.present.items()}
-        self.errors = {
-            (name, widths): self.trial.measure({name: widths}, alone=True).mse
-            for name, choices in self.choices.items()
-            for widths in choices
-        }
         counts = self.trial.weights if by == "size" else self.trial.macs
         self._total = sum(counts.values())
         if not self._total:
             what = "weights" if by == "size" else "multiplications"
             raise ValueError(f"`by` is {by!r}, and no quantized layer has {what}.")
+
+    @cached_property
+    def errors(self) -> dict[tuple[str, Widths], float]:
+        """Mean squared errors of the output, with each layer alone at each width; measured when they are asked for first."""
+        return {
+            (name, widths): self.trial.measure({name: widths}, alone=True).mse
+            for name, choices in self.choices.items()
+            for widths in choices
+        }
 
     def cost(self, widths: Mapping[str, Widths]) -> float:
         """Bytes or bit-operations."""

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lq.analysis.allocation import Allocation, Allocator, Cost
-from lq.analysis.output_error import MetricLike, name_of
+from lq.analysis.output_error import MetricLike
 from lq.analysis.tables import Table, decibels_text, is_share, number, percent
 from lq.analysis.widths import Choices
 from lq.methods import Method
@@ -29,6 +29,7 @@ class Front:
         by: what the budget is about.
         metric_name: what tables call the metric; ``None`` without one.
         float_metric: its value in float; NaN without one.
+        chosen: an allocation for a budget of its own, that tables and figures point out.
     """
 
     allocated: tuple[Allocation, ...]
@@ -36,10 +37,16 @@ class Front:
     by: Cost
     metric_name: str | None
     float_metric: float
+    chosen: Allocation | None = None
 
     def cost(self, allocation: Allocation) -> float:
         """KiB, or millions of bit-operations."""
         return allocation.size / 1024 if self.by == "size" else allocation.bit_operations / 1e6
+
+    @staticmethod
+    def name_of(allocation: Allocation) -> str:
+        """The widths that most layers have: some have no weight, or an activation in float."""
+        return Counter(map(str, allocation.widths.values())).most_common(1)[0][0]
 
     @property
     def unit(self) -> str:
@@ -48,14 +55,15 @@ class Front:
 
     def table(self) -> Table:
         """A row for each allocation, and for each width everywhere, the cheapest first."""
-        found = [("allocated", a) for a in self.allocated] + [(f"all {_usual(a)}", a) for a in self.uniform]
+        found = [("allocated", a) for a in self.allocated] + [(f"all {self.name_of(a)}", a) for a in self.uniform]
+        found += [] if self.chosen is None else [("chosen", self.chosen)]
         found.sort(key=lambda item: self.cost(item[1]))
         columns = ["Widths", "Bits", self.unit, "Expected (MSE)", "Found (MSE)", "SQNR (dB)"]
         rows = [
             [
                 kind,
                 f"{a.mean_bits:.2f}",
-                number(self.cost(a)),
+                f"{self.cost(a):.4g}",
                 number(a.predicted_mse),
                 number(a.effect.mse),
                 decibels_text(a.effect.sqnr_db),
@@ -69,16 +77,22 @@ class Front:
             rows = [[*row, percent(value) if share else number(value)] for row, value in zip(rows, values, strict=True)]
         return Table("Widths by layer, and one width everywhere", columns, rows)
 
+    def records(self) -> dict[str, Any]:
+        """All figures in plain types."""
+        return {
+            "by": self.by,
+            "metric": self.metric_name,
+            "float_metric": self.float_metric,
+            "allocated": [a.records() for a in self.allocated],
+            "uniform": [a.records() for a in self.uniform],
+            "chosen": None if self.chosen is None else self.chosen.records(),
+        }
+
     def figure(self, path: str | Path) -> Path:
         """Draw it as PNG."""
         from lq.analysis.sensitivity_figure import save_front
 
         return save_front(self, Path(path))
-
-
-def _usual(allocation: Allocation) -> str:
-    """The widths that most layers have: some have no weight, or an activation in float."""
-    return Counter(map(str, allocation.widths.values())).most_common(1)[0][0]
 
 
 def front(
@@ -117,12 +131,24 @@ def front(
     >>> [str(a.widths["2"]) for a in found.allocated], [str(a.widths["2"]) for a in found.uniform]
     (['W4A8', 'W8A8'], ['W2A8', 'W4A8', 'W8A8'])
     """
-    allocator = Allocator(model, batches, bits, by, method, metric, targets)
-    wanted = np.linspace(*allocator.range(), BUDGETS).tolist() if budgets is None else sorted(budgets)
+    return front_of(Allocator(model, batches, bits, by, method, metric, targets), BUDGETS if budgets is None else budgets)
+
+
+def front_of(allocator: Allocator, budgets: int | Iterable[float], chosen: Allocation | None = None) -> Front:
+    """The front of an allocator, over some budgets, or as many of them from the narrowest widths to the widest.
+
+    Args:
+        allocator: with a metric or without.
+        budgets: in bits on average, or how many.
+        chosen: one of its allocations, to be shown among the others.
+    """
+    wanted = np.linspace(*allocator.range(), budgets).tolist() if isinstance(budgets, int) else sorted(budgets)
+    error = allocator.trial.error
     return Front(
         allocated=tuple(allocator.allocate(budget) for budget in wanted),
         uniform=tuple(allocator.uniform()),
-        by=by,
-        metric_name=None if metric is None else name_of(metric),
-        float_metric=allocator.trial.error.metric,
+        by=allocator.by,
+        metric_name=error.metric_name,
+        float_metric=error.metric,
+        chosen=chosen,
     )

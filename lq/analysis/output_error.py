@@ -62,6 +62,7 @@ class OutputError:
 
     Attributes:
         metric: value of the metric in float; NaN without one.
+        metric_name: what tables call it; ``None`` without one.
 
     Raises:
         ValueError: no batches, a float output that is not finite, a metric without targets, or as many as do not fit.
@@ -95,6 +96,10 @@ class OutputError:
         self._check_expected()
         self.metric = self._value(outputs)
 
+    @property
+    def metric_name(self) -> str | None:
+        return None if self._metric is None else name_of(self._metric)
+
     def _check_expected(self) -> None:
         for number, tensors in enumerate(self._expected):
             if not any(tensor.numel() for tensor in tensors):
@@ -102,8 +107,8 @@ class OutputError:
             if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 raise ValueError(f"The float output of batch {number} has NaN or Inf: look for bad samples, or leave it out.")
 
-    def measure(self) -> Effect:
-        """How the model's outputs differ from those it had in float."""
+    def measure(self, *, metric: bool = True) -> Effect:
+        """How the model's outputs differ from those it had in float, and the metric, unless it is left out."""
         signal = noise = 0.0
         outputs = []
         for batch, expected in zip(self.batches, self._expected, strict=True):
@@ -113,7 +118,7 @@ class OutputError:
             # only torchmetrics looks at them again
             outputs += [output] if isinstance(self._metric, Metric) else []
         values = sum(tensor.numel() for tensors in self._expected for tensor in tensors)
-        return Effect(noise / values, decibels(signal, noise), self._value(outputs))
+        return Effect(noise / values, decibels(signal, noise), self._value(outputs) if metric else math.nan)
 
     def _value(self, outputs: list[Any]) -> float:
         if self._metric is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lq.analysis.output_error import Effect, MetricLike, OutputError, name_of
+from lq.analysis.output_error import Effect, MetricLike, OutputError
 from lq.analysis.parts import By, Kind, find_parts, separate_, switching
 from lq.analysis.rules import descriptors_of, rules_of
 from lq.analysis.tables import Table, decibels_text, is_share, number, percent
@@ -170,7 +170,7 @@ def sensitivity(
         quantized = measured(*parts)
         rules = rules_of(model, descriptors_of(parts))
     rows.sort(key=lambda row: -row.alone.mse)
-    return Sensitivity(tuple(rows), quantized, None if metric is None else name_of(metric), error.metric, rules)
+    return Sensitivity(tuple(rows), quantized, error.metric_name, error.metric, rules)
 
 
 def _spared(layer: str, rule: QuantRule, sites: set[tuple[str, Kind]], num_bits: Bits | None) -> QuantRule:

@@ -11,7 +11,7 @@ from lq.analysis.records import Deployed, Stage
 from lq.rescale import RescaledGroup
 
 if TYPE_CHECKING:
-    import rich.table
+    import rich.console
 
 NOTHING = "-"
 # metrics with one of these words in their names are shares, and shown in percent
@@ -38,12 +38,13 @@ class Table:
         lines = [[escape(text) for text in self.columns], rule, *([escape(text) for text in row] for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def __rich__(self) -> "rich.table.Table":
+    def __rich__(self) -> "rich.console.Group":
         from rich.box import SIMPLE_HEAD
+        from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        drawn = RichTable(title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        drawn = RichTable(box=SIMPLE_HEAD)
         for i, column in enumerate(self.columns):
             # numbers stay whole where the terminal is narrow; long names are folded
             whole = max(len(row[i]) for row in self.rows) if self.rows and self._numeric(i) else None
@@ -52,7 +53,8 @@ class Table:
         for row in self.rows:
             # Text, so that brackets in names are not taken for styles
             drawn.add_row(*(Text(text) for text in row))
-        return drawn
+        # a title of the table itself would be folded to its width
+        return Group(Text(self.title, style="bold"), drawn)
 
 
 def escape(text: str) -> str:

@@ -106,6 +106,8 @@ class Trial:
         quantizers = [quantizer for part in self.parts for quantizer in part.quantizers]
         for quantizer in quantizers:
             quantizer.frozen = False
+            if quantizer.learns_step:
+                quantizer.fix_step()
             if quantizer.quant_desc.amax is None:
                 quantizer.amax = None
             quantizer.quant_desc = _measured(quantizer.quant_desc)
@@ -137,7 +139,9 @@ class Trial:
         return {name: (flops.get(name, 0) - sum(flops.get(n, 0) for n in inner[name])) // 2 for name in self.layers}
 
     def measure(self, widths: Mapping[str, Widths], *, alone: bool = False) -> Effect:
-        """What layers of these widths do to the output; all others are off, but what no rule reaches is on, unless ``alone``."""
+        """What layers of these widths do to the output, all others being off. What no rule reaches is on, and the metric is
+        taken, unless they are measured ``alone``.
+        """
         for name, of_layer in widths.items():
             for site in self.layers[name].sites:
                 bits = getattr(of_layer, site.kind)
@@ -145,7 +149,7 @@ class Trial:
         always = [] if alone else [part for part in self.parts if not part.sites]
         self._switch([*always, *(self.layers[name] for name in widths)])
         with evaluating(self.model):
-            return self.error.measure()
+            return self.error.measure(metric=not alone)
 
     def rules(self, widths: Mapping[str, Widths]) -> list[QuantRule]:
         """Rules that give layers these widths."""

@@ -119,12 +119,17 @@ def time_engines(plans: dict[str, Path], example: tuple[Any, ...]) -> list[Deplo
 
 def inputs(model: LightningModule, data: LightningDataModule) -> Iterator[tuple[Any, ...]]:
     """What ``forward`` gets of each validation batch, by position."""
+    return inputs_from(model, CombinedLoader(data.val_dataloader(), "sequential"))
+
+
+def inputs_from(model: LightningModule, loader: CombinedLoader) -> Iterator[tuple[Any, ...]]:
+    """What ``forward`` gets of each batch, by position."""
     signature = inspect.signature(model.forward)
-    for batch, _, _ in iter(CombinedLoader(data.val_dataloader(), "sequential")):
+    for batch, _, _ in iter(loader):
         args, kwargs = forward_arguments(model.forward, batch)
         bound = signature.bind(*args, **kwargs)
         if bound.kwargs:
-            raise TypeError(f"`forward` takes {', '.join(bound.kwargs)} by keyword only: an exported graph has positions.")
+            raise TypeError(f"`forward` takes {', '.join(bound.kwargs)} by keyword only: graphs and measurements go by position.")
         yield bound.args
 
 

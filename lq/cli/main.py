@@ -14,6 +14,7 @@ VERBS = {
     "run": "lq.cli.run.run",
     "recalibrate": "lq.cli.recalibrate.recalibrate",
     "verify": "lq.cli.verify.verify_run",
+    "sensitivity": "lq.cli.sensitivity.find_sensitive",
 }
 
 
@@ -44,12 +45,9 @@ def main() -> None:
         import hydra
     except ImportError as missing:
         sys.exit(f'lq: {missing.name} is not installed: pip install "lightning-lq[recipes,export]"')
-    _quiet()
-    register_resolvers()
-    # modules of the user's own, beside their configs
-    sys.path.insert(0, str(Path.cwd()))
     _options_last(sys.argv)
     _check_folder(sys.argv)
+    prepare_process()
     hydra.main(version_base="1.3", config_path="pkg://lq.conf", config_name=verb)(_job)()
 
 
@@ -70,6 +68,15 @@ def _options_last(argv: list[str]) -> None:
             argv += [argv.pop(at), argv.pop(at)]
 
 
+def prepare_process() -> None:
+    """What every process needs that runs a job; a sweep's launcher may have started it elsewhere."""
+    _quiet()
+    register_resolvers()
+    # modules of the user's own, beside their configs
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+
+
 def register_resolvers() -> None:
     """What the configs use beyond OmegaConf's own: ``${concat:${list},${list}}``."""
     from omegaconf import ListConfig, OmegaConf
@@ -88,6 +95,7 @@ def _job(cfg: Any) -> Any:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
+    prepare_process()
     verb = get_method(VERBS[str(HydraConfig.get().job.config_name)])
     explained = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
     try:

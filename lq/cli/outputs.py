@@ -1,6 +1,7 @@
 """What a run finds and leaves behind, besides its report."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from torch.utils._pytree import tree_map
 
 from lq.analysis.quantizer_stats import LayerRow, measuring, table
 from lq.analysis.records import Histogram, Report
@@ -50,6 +52,13 @@ def write_metrics(report: Report, deployment: Deployment | None, folder: Path) -
         metrics["worst_disagreement_steps"] = deployment.verification.onnxruntime.worst_disagreement_steps
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def write_json(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Plain data as JSON, which has no NaN and no infinities: they become ``null``; returns what is in the file."""
+    plain: dict[str, Any] = tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, found)
+    path.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return plain
 
 
 def log_last(trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -1,7 +1,5 @@
 """``lq verify``: does the graph of a run, and its engine, compute what its model does?"""
 
-import json
-import math
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -10,10 +8,9 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, OmegaConf
-from torch.utils._pytree import tree_map
 
 from lq.cli.deploy import inputs
-from lq.cli.outputs import prepare_folder
+from lq.cli.outputs import prepare_folder, write_json
 from lq.export import placement_report, verify
 from lq.export.difference import RuntimeDifference
 from lq.load import load_quantized
@@ -45,16 +42,13 @@ def verify_run(cfg: DictConfig) -> dict[str, Any]:
     result = verify(model, onnx, plan if cfg.plan or plan.is_file() else None, batches=batches)
     print(result)
     runtimes = (result.onnxruntime, result.tensorrt)
-    measured = {
+    found = {
         "samples": result.samples,
         **{runtime.runtime: _figures(runtime) for runtime in runtimes if runtime is not None},
         "layers": [asdict(layer) for layer in result.layers],
         "placement": _placement(onnx, ran.export.target or "tensorrt"),
     }
-    # JSON has no NaN
-    found: dict[str, Any] = tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, measured)
-    (output / "verification.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return found
+    return write_json(found, output / "verification.json")
 
 
 def _placement(onnx: Path, target: str) -> list[dict[str, Any]] | None:

@@ -188,6 +188,7 @@ def test_pairs_and_what_is_in_float(batches):
     [
         [lq.QuantRule("*", {"affine": True}, {"axis": 0})],
         [lq.QuantRule("*", {"learn_amax": True}, {"axis": 0, "learn_amax": True})],
+        [lq.QuantRule("*", {"learn_amax": "lsq"}, {"axis": 0, "learn_amax": "lsq"})],
         [lq.QuantRule("*", {"amax": 3.0, "narrow_range": False}, {"axis": 0})],
         [lq.QuantRule("*", {}, {"axis": 0, "num_bits": (4, 3)})],
     ],

@@ -255,14 +255,16 @@ def test_a_sweep_ends_in_one_table_and_names_what_failed(tmp_path, float_weights
     assert result.returncode == 1
     assert "alpha" in result.stderr
     assert "2 of 4 jobs failed: 1, 3" in result.stderr
-    title, _, header, _, *rows = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    title, _, header, _, *rows, _, picture = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    assert picture == "![The same as a figure](comparison.png)"
     assert title == "Runs: val_acc (%) at each stage"
     assert header == "| job | calib | rescale.alpha | float | calibrated | rescaled | qat | failed |"
     assert [row.split(" | ")[1:3] for row in rows] == [["max", "0.5"], ["max", "2"], ["percentile", "0.5"], ["percentile", "2"]]
     accuracy = json.loads((tmp_path / "out" / "0" / "metrics.json").read_text())["qat/val_acc"]
-    assert f"| {100 * accuracy:.4g} |" in rows[0]
+    assert f"| {100 * accuracy:.2f} |" in rows[0]
     assert rows[1].endswith("| yes |")
     assert "percentile" in result.stdout[result.stdout.index("Runs: val_acc") :]
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
 
 
 OWN = """
@@ -405,6 +407,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         (["--version"], f"lq {lq.__version__}\n"),
         (["--help"], "lq recalibrate and lq verify work on the folder of a run"),
         (["verify", "--help"], "lq verify run=outputs"),
+        (["sensitivity", "--help"], "lq sensitivity ckpt_path=float.ckpt"),
         (["recalibrate", "--help"], "lq recalibrate stats=<run>"),
     ],
 )
