@@ -1,14 +1,15 @@
 """Top-1 of ResNet-20 with few bits: lq beside ModelOpt, Brevitas and torchao, on the same images, by the same training loop.
 
     python benchmarks/accuracy.py --data cifar10.zip --checkpoint resnet20.pt [--bits 8 4 3 2] [--tools lq modelopt ...]
-                                  [--epochs 5] [--seeds 0] [--device cuda] [--out rows.jsonl] [--limit-batches 3]
+                                  [--epochs 5] [--rate 0.01] [--seeds 0] [--device cuda] [--out rows.jsonl] [--limit-batches 3]
     python benchmarks/accuracy.py --table rows.jsonl ...
 
 Every convolution and linear layer has a scale per output channel for its weight and one per tensor for its input; the first
 convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
 batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
-recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 0`` only calibrates.
+recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 0`` only calibrates, ``--rate`` is where the
+cosine starts. On a GPU forward and backward are captured in a CUDA graph, or else launching them takes longer than computing.
 
 Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
 where there are several seeds), and the seconds of an epoch against those of the float model in the same process. ``--out`` gets
@@ -38,7 +39,7 @@ from lq.recipes.resnet_cifar import ResNetCifar
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, EVAL_BATCH, CALIBRATION_BATCHES = 128, 500, 8
-RATE, FINAL_RATE = 0.01, 0.0001
+FINAL_RATE = 0.01  # of the first
 FLOAT, DISTILLED = "float", "lq-distilled"
 
 Row = dict[str, Any]
@@ -104,16 +105,54 @@ def distilled(teacher: nn.Module) -> Loss:
     return loss
 
 
-def fit(model: nn.Module, data: Data, epochs: int, seed: int, loss: Loss = hard) -> Iterator[tuple[float, float]]:
+def gradients(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """Forward and backward on batches like the one given: gradients are new ones each time."""
+
+    def run(images: Tensor, classes: Tensor) -> None:
+        model.zero_grad()
+        loss(model, images, classes).backward()
+
+    if not images.is_cuda:
+        return run
+    x, y, before = images.clone(), classes.clone(), [(buffer, buffer.clone()) for buffer in model.buffers()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # kernels are chosen, and memory is there, before anything is captured
+            run(x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            loss(model, x, y).backward()
+    except RuntimeError as error:
+        print(f"No CUDA graph of it: {str(error).splitlines()[0]}", flush=True)
+        return run
+    finally:
+        for buffer, value in before:  # BatchNorm has seen the batch
+            buffer.copy_(value)
+
+    def replay(images: Tensor, classes: Tensor) -> None:
+        x.copy_(images)
+        y.copy_(classes)
+        graph.replay()
+
+    return replay
+
+
+def fit(model: nn.Module, data: Data, epochs: int, rate: float, seed: int, loss: Loss = hard) -> Iterator[tuple[float, float]]:
     """Train; after each epoch its top-1 and its seconds (of training alone)."""
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    steps = max(epochs * data.steps, 1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=FINAL_RATE * rate)
+    compute = gradients(model.train(), loss, *next(data.epoch())) if epochs else None
     torch.manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(epochs * data.steps, 1), eta_min=FINAL_RATE)
 
     def epoch() -> None:
+        assert compute is not None
         for images, classes in data.epoch():
-            optimizer.zero_grad()
-            loss(model, images, classes).backward()
+            compute(images, classes)
             optimizer.step()
             schedule.step()
 
@@ -123,12 +162,14 @@ def fit(model: nn.Module, data: Data, epochs: int, seed: int, loss: Loss = hard)
         yield data.top1(model), seconds
 
 
-def measured(tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, seed: int, float_seconds: float) -> Row:
+def measured(
+    tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, rate: float, seed: int, float_seconds: float
+) -> Row:
     """A row of the table. ``float_seconds``: of a float epoch; 0 where this is the one to measure."""
     student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
-    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs}
+    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs, "rate": rate}
     loss = distilled(model) if tool == DISTILLED else hard
-    found = list(fit(student, data, 0 if bits == 8 else epochs, seed, loss))
+    found = list(fit(student, data, 0 if bits == 8 else epochs, rate, seed, loss))
     if found:
         accuracies = [a for a, _ in found]
         row |= {"last": accuracies[-1], "best": max(accuracies)}
@@ -179,13 +220,14 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
         # the float epochs that others are compared with; two if that is all they are for
         asked = FLOAT in arguments.tools
         epochs = arguments.epochs if asked else min(2, arguments.epochs)
-        baseline = measured(FLOAT, None, model, data, epochs, seed, 0)
+        rate = arguments.rate
+        baseline = measured(FLOAT, None, model, data, epochs, rate, seed, 0)
         if asked:
             yield baseline
         for bits in arguments.bits:
             for tool in arguments.tools:
                 if tool != FLOAT and not (bits == 8 and tool == DISTILLED):
-                    yield measured(tool, bits, model, data, arguments.epochs, seed, baseline.get("seconds", 0))
+                    yield measured(tool, bits, model, data, arguments.epochs, rate, seed, baseline.get("seconds", 0))
 
 
 def main() -> None:
@@ -195,6 +237,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--tools", nargs="+", default=[FLOAT, *TOOLS], choices=[FLOAT, *TOOLS])
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=0.01, help="the first learning rate; the last is a hundredth of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
