@@ -12,7 +12,7 @@ recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 
 cosine starts. On a GPU forward and backward are captured in a CUDA graph, or else launching them takes longer than computing.
 
 Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
-where there are several seeds), and the seconds of an epoch against those of the float model in the same process. ``--out`` gets
+where there are several seeds), and the seconds of an epoch against those of ``float``, if it is asked for. ``--out`` gets
 a row as soon as it is known, so that several processes can share the work; ``--table`` prints one table of all their files.
 
 Peers belong into a virtual environment of their own: ``pip install -e .[recipes] nvidia-modelopt brevitas torchao``.
@@ -22,6 +22,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,19 +164,22 @@ def fit(model: nn.Module, data: Data, epochs: int, rate: float, seed: int, loss:
 
 
 def measured(
-    tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, rate: float, seed: int, float_seconds: float
+    tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, rate: float, seed: int, of_float: float | None = None
 ) -> Row:
-    """A row of the table. ``float_seconds``: of a float epoch; 0 where this is the one to measure."""
+    """A row of the table; ``of_float``: seconds of a float epoch."""
     student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
     row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs, "rate": rate}
     loss = distilled(model) if tool == DISTILLED else hard
-    found = list(fit(student, data, 0 if bits == 8 else epochs, rate, seed, loss))
+    found = []
+    for accuracy, seconds in fit(student, data, 0 if bits == 8 else epochs, rate, seed, loss):
+        found.append((accuracy, seconds))
+        print(f"{tool}, {name_of(bits)}: {accuracy:.2f} % after epoch {len(found)}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:
         accuracies = [a for a, _ in found]
         row |= {"last": accuracies[-1], "best": max(accuracies)}
         # the first epoch also chooses kernels
-        seconds = statistics.median([s for _, s in found[1:] or found])
-        row |= {"seconds": seconds, "ratio": seconds / (float_seconds or seconds)}
+        row["seconds"] = statistics.median([s for _, s in found[1:] or found])
+        row |= {"ratio": row["seconds"] / (of_float or row["seconds"])} if of_float or tool == FLOAT else {}
     return row | {"machine": describe_machine()}
 
 
@@ -217,17 +221,13 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
     model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True, map_location="cpu"))
     model.to(data.device).eval()
     for seed in arguments.seeds:
-        # the float epochs that others are compared with; two if that is all they are for
-        asked = FLOAT in arguments.tools
-        epochs = arguments.epochs if asked else min(2, arguments.epochs)
-        rate = arguments.rate
-        baseline = measured(FLOAT, None, model, data, epochs, rate, seed, 0)
-        if asked:
-            yield baseline
+        options = (model, data, arguments.epochs, arguments.rate, seed)
+        baseline = measured(FLOAT, None, *options) if FLOAT in arguments.tools else {}
+        yield from [baseline] * bool(baseline)
         for bits in arguments.bits:
             for tool in arguments.tools:
                 if tool != FLOAT and not (bits == 8 and tool == DISTILLED):
-                    yield measured(tool, bits, model, data, arguments.epochs, rate, seed, baseline.get("seconds", 0))
+                    yield measured(tool, bits, *options, baseline.get("seconds"))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Fake quantization, forward and backward, against a copy, torch's own operators and, where they are installed, peers.
 
-    python benchmarks/fake_quant.py [--rounds 21] [--threads 1] [--device cuda] [--dtype bfloat16] [--gib 1]
+    python benchmarks/fake_quant.py [--rounds 21] [--threads 1] [--device cuda] [--dtype bfloat16] [--gib 1] [--no-compile]
 
 Forward reads a tensor and writes one, backward reads two and writes one: no implementation can be quicker than 2.5 copies of a
 tensor take, once it lies in memory and not in a cache. Columns: milliseconds forward, and forward and backward together; their
@@ -49,7 +49,7 @@ class _Copy(torch.autograd.Function):
 # Contenders of each case, given x
 
 
-def integers(x: Tensor, amax: Tensor) -> Contenders:
+def integers(x: Tensor, amax: Tensor, compiled: bool = True) -> Contenders:
     """8 bits, with an amax ``()`` or one for each index of the first dimension."""
 
     def ours(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def integers(x: Tensor, amax: Tensor) -> Contenders:
     else:
         zero = torch.zeros(len(scale), dtype=torch.int32, device=x.device)
         found = {"torch": lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero, 0, -127, 127)}
-    found |= {"lq": ours, "lq, compiled": torch.compile(ours)}
+    found |= {"lq": ours} | ({"lq, compiled": torch.compile(ours)} if compiled else {})
     for name, path in PEERS.items():
         if peer := _imported(path):
             arguments = (amax, None) if name == "ModelOpt" else (amax,)
@@ -81,14 +81,14 @@ def affine(x: Tensor) -> Contenders:
     }
 
 
-def floats(x: Tensor) -> Contenders:
+def floats(x: Tensor, compiled: bool = True) -> Contenders:
     """FP8 E4M3, for which torch has no operator."""
     amax = compute_amax(x, None)
 
     def ours(x: Tensor) -> Tensor:
         return fake_quant(x, amax, (4, 3), False, True)
 
-    found: Contenders = {"lq": ours, "lq, compiled": torch.compile(ours)}
+    found: Contenders = {"lq": ours} | ({"lq, compiled": torch.compile(ours)} if compiled else {})
     for name, path in PEERS.items():
         if peer := _imported(path):
             arguments = (amax, None, 4, 3) if name == "ModelOpt" else (amax, 4, 3)
@@ -96,18 +96,18 @@ def floats(x: Tensor) -> Contenders:
     return found
 
 
-def cases(device: str, dtype: torch.dtype, gib: float | None) -> dict[str, tuple[Tensor, Contenders]]:
+def cases(device: str, dtype: torch.dtype, gib: float | None, compiled: bool) -> dict[str, tuple[Tensor, Contenders]]:
     """What is quantized, and by what."""
     rows = int(gib * 2**30 / dtype.itemsize / 4096) if gib else 4096
     images = torch.randn(round(64 * rows / 4096) if gib else 64, 256, 28, 28, device=device, dtype=dtype)
     matrix = torch.randn(rows, 4096, device=device, dtype=dtype)
     blocks = split_blocks(matrix, BLOCK).flatten(0, 1)
     return {
-        "per tensor": (images, integers(images, compute_amax(images, None))),
-        "per channel, axis 0": (matrix, integers(matrix, compute_amax(matrix, 0))),
-        f"blocks of {BLOCK}": (blocks, integers(blocks, compute_amax(blocks, block_axis(None)))),
+        "per tensor": (images, integers(images, compute_amax(images, None), compiled)),
+        "per channel, axis 0": (matrix, integers(matrix, compute_amax(matrix, 0), compiled)),
+        f"blocks of {BLOCK}": (blocks, integers(blocks, compute_amax(blocks, block_axis(None)), compiled)),
         "affine": (images, affine(images)),
-        "FP8 E4M3": (images, floats(images)),
+        "FP8 E4M3": (images, floats(images, compiled)),
     }
 
 
@@ -179,12 +179,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on cores that others use too, take fewer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--gib", type=float, help="size of the tensors; without it 64x256x28x28 and 4096x4096")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     print(describe_machine())
-    for name, (x, contenders) in cases(arguments.device, getattr(torch, arguments.dtype), arguments.gib).items():
+    for name, (x, contenders) in cases(arguments.device, dtype, arguments.gib, not arguments.no_compile).items():
         title = f"{name}, {'x'.join(map(str, x.shape))}, {arguments.dtype}"
         print(f"\n{title}\n\n{Table(title, COLUMNS, measure(x, contenders, arguments.rounds)).markdown()}")
     print(f"\n{overhead(arguments.device).markdown()}")

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values of a tile: eight for each thread, 16 bytes of half precision.
-TILE, WARPS = 2048, 8
+# Values of a tile: 16 for each thread, twice 16 bytes of half precision. Measured on an H200 against 1024 to 8192 and 4 to 16 warps.
+TILE, WARPS = 2048, 4
 # Added and subtracted, it leaves a float32 of less than 2**22 as a whole number, ties to even.
 ROUNDING = tl.constexpr(1.5 * 2**23)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)

@@ -74,5 +74,6 @@ def is_unobserved(x: Tensor) -> bool:
 def in_pieces() -> bool:
     """Whether plain arithmetic serves better than one operator: ``torch.compile`` fuses it, ``torch.func`` transforms it."""
     if torch.compiler.is_dynamo_compiling():
-        return not torch.compiler.is_exporting()
+        # what is_exporting() returns; dynamo before torch 2.13 takes every call of it for True
+        return not torch.compiler._is_exporting_flag
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
