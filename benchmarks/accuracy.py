@@ -1,7 +1,8 @@
 """Top-1 of ResNet-20 with few bits: lq beside ModelOpt, Brevitas and torchao, on the same images, by the same training loop.
 
     python benchmarks/accuracy.py --data cifar10.zip --checkpoint resnet20.pt [--bits 8 4 3 2] [--tools lq modelopt ...]
-                                  [--epochs 5] [--rate 0.01] [--seeds 0] [--device cuda] [--out rows.jsonl] [--limit-batches 3]
+                                  [--epochs 5] [--rate 0.01] [--compile] [--seeds 0] [--device cuda] [--out rows.jsonl]
+                                  [--limit-batches 3]
     python benchmarks/accuracy.py --table rows.jsonl ...
 
 Every convolution and linear layer has a scale per output channel for its weight and one per tensor for its input; the first
@@ -142,12 +143,15 @@ def gradients(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> 
     return replay
 
 
-def fit(model: nn.Module, data: Data, epochs: int, rate: float, seed: int, loss: Loss = hard) -> Iterator[tuple[float, float]]:
+def fit(
+    model: nn.Module, data: Data, epochs: int, rate: float, seed: int, loss: Loss = hard, compiled: bool = False
+) -> Iterator[tuple[float, float]]:
     """Train; after each epoch its top-1 and its seconds (of training alone)."""
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     steps = max(epochs * data.steps, 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=FINAL_RATE * rate)
-    compute = gradients(model.train(), loss, *next(data.epoch())) if epochs else None
+    network = torch.compile(model) if compiled else model
+    compute = gradients(network.train(), loss, *next(data.epoch())) if epochs else None
     torch.manual_seed(seed)
 
     def epoch() -> None:
@@ -164,14 +168,17 @@ def fit(model: nn.Module, data: Data, epochs: int, rate: float, seed: int, loss:
 
 
 def measured(
-    tool: str, bits: int | None, model: nn.Module, data: Data, epochs: int, rate: float, seed: int, of_float: float | None = None
+    tool: str, bits: int | None, model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, of_float: float | None
 ) -> Row:
     """A row of the table; ``of_float``: seconds of a float epoch."""
+    epochs, rate = arguments.epochs, arguments.rate
     student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
     row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs, "rate": rate}
     loss = distilled(model) if tool == DISTILLED else hard
     found = []
-    for accuracy, seconds in fit(student, data, 0 if bits == 8 else epochs, rate, seed, loss):
+    for accuracy, seconds in fit(
+        student, data, 0 if bits == 8 else epochs, rate, seed, loss, arguments.compile and tool in (FLOAT, "lq", DISTILLED)
+    ):
         found.append((accuracy, seconds))
         print(f"{tool}, {name_of(bits)}: {accuracy:.2f} % after epoch {len(found)}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:
@@ -221,8 +228,8 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
     model.load_state_dict(torch.load(arguments.checkpoint, weights_only=True, map_location="cpu"))
     model.to(data.device).eval()
     for seed in arguments.seeds:
-        options = (model, data, arguments.epochs, arguments.rate, seed)
-        baseline = measured(FLOAT, None, *options) if FLOAT in arguments.tools else {}
+        options = (model, data, arguments, seed)
+        baseline = measured(FLOAT, None, *options, None) if FLOAT in arguments.tools else {}
         yield from [baseline] * bool(baseline)
         for bits in arguments.bits:
             for tool in arguments.tools:
@@ -238,6 +245,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=[FLOAT, *TOOLS], choices=[FLOAT, *TOOLS])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rate", type=float, default=0.01, help="the first learning rate; the last is a hundredth of it")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what is trained (not what peers made)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
