@@ -8,9 +8,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lq.analysis.tables import Table, compare_runs, is_share
+from lq.analysis.tables import Table, compare_runs, is_share, main_metric
 
-STAGES = ("float", "calibrated", "rescaled", "qat", "onnxruntime")
+STAGES = ("float", "calibrated", "rescaled", "corrected", "qat", "kept", "ptq", "onnxruntime")
 
 
 class CompareRuns(Callback):
@@ -34,9 +34,8 @@ def comparison(jobs: list[Path]) -> Table:
     told = [_overrides(job) for job in jobs]
     varied = [key for key in dict.fromkeys(k for t in told for k in t) if len({t.get(key) for t in told}) > 1]
     found = [json.loads((job / "metrics.json").read_text()) if (job / "metrics.json").exists() else {} for job in jobs]
-    metrics = list(dict.fromkeys(key.removeprefix("float/") for f in found for key in f if key.startswith("float/")))
-    metrics = [metric for metric in metrics if metric not in ("bytes", "latency_ms")]
-    main = next((m for m in metrics if is_share(m, [f.get(f"float/{m}") for f in found])), metrics[0] if metrics else "")
+    floats = {key.removeprefix("float/"): value for f in found for key, value in f.items() if key.startswith("float/")}
+    main = main_metric({name: value for name, value in floats.items() if name not in ("bytes", "latency_ms")})
     percent = 100 if is_share(main, [f.get(f"float/{main}") for f in found]) else 1
     rows = []
     for job, mine, values in zip(jobs, told, found, strict=True):
