@@ -100,19 +100,19 @@ def test_it_learns_and_perplexity_is_per_byte():
 
 def test_int8_graph_takes_other_batches_and_lengths(tmp_path):
     torch.manual_seed(0)
-    model = TransformerLM(**TINY).eval()
+    model = TransformerLM(**{**TINY, "layers": 1}).eval()
     tokens = torch.randint(0, 256, (4, 128))
     calibrator = lq.RescalingCalibrator(model, inplace=True, args=(tokens,))
     calibrator(tokens)
     calibrator.rescale(alpha=0.5)
     # norms, values and gates take all factors in
-    assert [group.action for group in calibrator.groups] == ["folded"] * (4 * TINY["layers"] + 1)
+    assert [group.action for group in calibrator.groups] == ["folded"] * 5
     lq.quantize_(model, "int8", target="tensorrt", args=tokens)
     with lq.calibrating(model, method="mse"):
         model(tokens)
     shapes = {"tokens": {0: "batch", 1: "length"}}
     path = lq.export.to_onnx(model, tokens, tmp_path / "lm.onnx", dynamic_shapes=shapes)
-    for size in ((4, 128), (3, 17), (1, 1)):
+    for size in ((3, 17), (1, 1)):
         found = lq.export.verify(model, path, batches=[torch.randint(0, 256, size)], class_axis=-1)
         assert found.predictions.shape == size
         assert found.onnxruntime.agreement == 1
