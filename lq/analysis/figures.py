@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lq.analysis.output_figure import draw_outputs
 from lq.analysis.outputs import StagesSqnr
 from lq.analysis.records import Histogram, Report
-from lq.analysis.tables import baseline, is_share
+from lq.analysis.tables import baseline, is_error, is_share, main_metric
 
 # from the palette of Okabe and Ito
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F6368"
@@ -74,7 +74,7 @@ def accuracy(report: Report) -> Figure | None:
     metrics = _finite(baseline(report.stages).metrics) if report.stages else {}
     if not metrics:
         return None
-    metric = next((name for name, value in metrics.items() if is_share(name, [value])), next(iter(metrics)))
+    metric = main_metric(metrics)
     points = _points(report, metric)
     factor, unit = (100.0, "%") if is_share(metric, [metrics[metric]]) else (1.0, "")
     figure = Figure(figsize=(WIDTH, 0.9 + 0.4 * max(3, len(report.stages))))
@@ -99,7 +99,8 @@ def _points(report: Report, key: str) -> list[tuple[float, float]]:
 def _differences(ax: Axes, values: dict[str, float], reference: float, reference_name: str, metric: str, unit: str) -> None:
     places = np.arange(len(values))
     differences = np.array(list(values.values())) - reference
-    ax.barh(places, differences, height=0.55, color=[ORANGE if unit and d < 0 else BLUE for d in differences])
+    worse = differences > 0 if is_error(metric) else differences < 0 if unit else np.zeros(len(values), dtype=bool)
+    ax.barh(places, differences, height=0.55, color=np.where(worse, ORANGE, BLUE))
     ax.axvline(0, color=GREY, linewidth=1)
     ax.set_yticks(places, list(values), color="black")
     ax.invert_yaxis()

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 CAPTIONS = {
-    "accuracy": "What each stage changes against the float model.",
+    "accuracy": "What each stage changes against the float model; orange is worse.",
     "outputs": "Signal to quantization noise of each layer's output, correction by correction.",
     "sqnr": "Signal to quantization noise of each layer's input and weight.",
     "histograms": "Magnitudes that the quantizers saw in calibration, and the amax that was chosen of them then.",

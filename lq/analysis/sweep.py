@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lq.analysis.tables import Table, compare_runs, is_share, number
+from lq.analysis.tables import Table, compare_runs, is_share, main_metric, number
 
 # Stages as they follow each other; those of other names stand behind.
 STAGES = ("float", "calibrated", "rescaled", "corrected", "qat", "kept", "ptq", "quantized", "allocated", "onnxruntime")
@@ -39,7 +39,7 @@ class Sweep:
         jobs: in the order in which they were started.
         keys: what they were told differently.
         stages: in the order of a run.
-        metric: the first one that is a share, or else the first one.
+        metric: the main one, as :func:`lq.analysis.tables.main_metric` has it.
         unit: ``"%"`` of a share, else empty.
     """
 
@@ -111,7 +111,6 @@ class Sweep:
 
 
 def _main_metric(metrics: Sequence[Mapping[str, float]]) -> str:
-    names = list(dict.fromkeys(key.removeprefix("float/") for found in metrics for key in found if key.startswith("float/")))
+    floats = {key.removeprefix("float/"): value for found in metrics for key, value in found.items() if key.startswith("float/")}
     # those are of the graph
-    names = [name for name in names if name not in ("bytes", "latency_ms")]
-    return next((n for n in names if is_share(n, [found.get(f"float/{n}") for found in metrics])), names[0] if names else "")
+    return main_metric({name: value for name, value in floats.items() if name not in ("bytes", "latency_ms")})

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 NOTHING = "-"
 # metrics with one of these words in their names are shares, and shown in percent
 SHARES = {"acc", "acc1", "acc5", "accuracy", "agreement", "auroc", "f1", "iou", "precision", "recall", "top1", "top5"}
+# of metrics with one of these, less is better
+ERRORS = {"bpb", "bpc", "cer", "err", "error", "loss", "mae", "mse", "nll", "perplexity", "ppl", "rmse", "wer"}
 
 Named = TypeVar("Named", Stage, Deployed)
 
@@ -112,8 +114,31 @@ def is_share(metric: str, values: Iterable[object]) -> bool:
     (True, False, False)
     """
     known = [v for v in values if v is not None and not (isinstance(v, float) and math.isnan(v))]
-    named = not SHARES.isdisjoint(re.split(r"[^a-z0-9]+", metric.lower()))
+    named = not SHARES.isdisjoint(_words(metric))
     return named and bool(known) and all(isinstance(v, float) and 0 <= v <= 1 for v in known)
+
+
+def is_error(metric: str) -> bool:
+    """Whether less of a metric is better, by its name.
+
+    >>> is_error("val_perplexity"), is_error("val_acc")
+    (True, False)
+    """
+    return not ERRORS.isdisjoint(_words(metric))
+
+
+def _words(metric: str) -> list[str]:
+    return re.split(r"[^a-z0-9]+", metric.lower())
+
+
+def main_metric(metrics: Mapping[str, float]) -> str:
+    """The metric to compare by: the first share, or else the first that is no loss, or else the first; empty if there is none.
+
+    >>> main_metric({"val_loss": 0.1, "val_acc": 0.97}), main_metric({"val_loss": 1.4, "val_perplexity": 4.1})
+    ('val_acc', 'val_perplexity')
+    """
+    shares = [name for name, value in metrics.items() if is_share(name, [value])]
+    return next(iter([*shares, *(name for name in metrics if "loss" not in _words(name)), *metrics]), "")
 
 
 def baseline(items: list[Named]) -> Named:
@@ -122,8 +147,9 @@ def baseline(items: list[Named]) -> Named:
 
 
 def stage_table(stages: list[Stage]) -> Table:
-    """Metrics of each stage; of accuracies also the difference to the float model, in percentage points."""
+    """Metrics of each stage, beside the float model: of accuracies in percentage points, else of the main metric in percent."""
     reference = baseline(stages)
+    main = main_metric(reference.metrics)
     columns, cells = ["Stage"], [[stage.name] for stage in stages]
     for metric in dict.fromkeys(name for stage in stages for name in stage.metrics):
         values = [stage.metrics.get(metric, math.nan) for stage in stages]
@@ -135,11 +161,18 @@ def stage_table(stages: list[Stage]) -> Table:
             columns.append(f"to {reference.name} (points)")
             for row, stage, value in zip(cells, stages, values, strict=True):
                 points = 100 * (value - reference.metrics.get(metric, math.nan))
-                row.append("" if stage is reference else NOTHING if math.isnan(points) else _signed(points))
+                row.append("" if stage is reference else _signed(points))
+        elif metric == main:
+            known = reference.metrics[metric]
+            columns.append(f"to {reference.name} (%)")
+            for row, stage, value in zip(cells, stages, values, strict=True):
+                row.append("" if stage is reference else _signed(100 * (value - known) / abs(known)) if known else NOTHING)
     return Table("Stages", columns, cells)
 
 
 def _signed(points: float) -> str:
+    if math.isnan(points):
+        return NOTHING
     text = f"{points:+.2f}"
     return "0.00" if float(text) == 0 else text
 

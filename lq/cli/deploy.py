@@ -47,18 +47,19 @@ class Deployment:
         """What the report says about the agreement."""
         if self.verification is None:
             return {}
-        notes = _agreement("ONNX Runtime", self.verification.onnxruntime, self.verification.samples)
+        notes = _agreement("ONNX Runtime", self.verification.onnxruntime)
         if self.verification.tensorrt is not None:
-            notes |= _agreement("TensorRT", self.verification.tensorrt, self.verification.samples)
+            notes |= _agreement("TensorRT", self.verification.tensorrt)
         return {**notes, "latency": self.conditions}
 
 
-def _agreement(name: str, found: RuntimeDifference, samples: int) -> dict[str, str]:
+def _agreement(name: str, found: RuntimeDifference) -> dict[str, str]:
     output = found.outputs[0]
     steps = f" ({output.max_steps:.3g} quantization steps)"
     apart = f"; {found.disagreements} disagree, at most {found.worst_disagreement_steps:.3g} steps apart"
     return {
-        f"agreement with {name}": f"{100 * found.agreement:.2f} % of {samples} predictions" + apart * (found.disagreements > 0),
+        f"agreement with {name}": f"{100 * found.agreement:.2f} % of {found.predictions.numel()} predictions"
+        + apart * (found.disagreements > 0),
         f"largest difference, {name}": f"{output.max_abs:.3g} at the output" + steps * (not math.isnan(output.step)),
     }
 
@@ -83,10 +84,11 @@ def deploy(
     verification = None
     if trainer.is_global_zero:
         for name, module in models.items():
-            options = {"opset": cfg.export.opset, "precision": cfg.export.precision, "target": target}
-            to_onnx(module, example, paths[name], **options)
+            to_onnx(module, example, paths[name], target=target, **graph_options(cfg))
         plans = {} if cfg.export.engine is None else build(cfg, paths)
-        verification = verify(model, paths[cfg.quant.name], plans.get(cfg.quant.name), batches=batches)
+        verification = verify(
+            model, paths[cfg.quant.name], plans.get(cfg.quant.name), batches=batches, class_axis=cfg.export.class_axis
+        )
         engines = time_engines(plans, example)
         latency = compare_latency({name: OnnxModel(path) for name, path in paths.items()}, example)
     trainer.strategy.barrier()
@@ -98,6 +100,12 @@ def deploy(
         f"{target}" + " (export.target=onnxruntime suits this one)" * (target != "onnxruntime")
     )
     return Deployment(deployed["float"], deployed[cfg.quant.name], engines, verification, layout, conditions)
+
+
+def graph_options(cfg: DictConfig) -> dict[str, Any]:
+    """What ``export`` says of the graph, for :func:`lq.export.to_onnx`."""
+    told: Any = OmegaConf.to_container(cfg.export, resolve=True)
+    return {name: told[name] for name in ("opset", "precision", "dynamic_shapes")}
 
 
 def build(cfg: DictConfig, paths: dict[str, Path]) -> dict[str, Path]:

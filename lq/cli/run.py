@@ -102,7 +102,7 @@ def describe(
         alpha = f"alpha {min(alphas):.2f} to {max(alphas):.2f}" if len(set(alphas)) > 1 else f"alpha {alphas[0]}"
         notes["rescaling"] = f"{alpha}: {folded} of {len(alphas)} groups folded, others inserted"
     return Report(
-        title=f"{cfg.name}: float to INT8",
+        title=f"{cfg.name}: float to {cfg.quant.name}",
         stages=[Stage(name, metrics) for name, metrics in quantize.stages.items()],
         deployed=[] if deployment is None else [deployment.float, deployment.quantized, *deployment.engines],
         layers=layers,

@@ -39,7 +39,9 @@ def verify_run(cfg: DictConfig) -> dict[str, Any]:
         model.example_input_array = next(inputs(model, data))
     load_quantized(model, cfg.ckpt_path or folder / "checkpoints" / f"{ran.quant.name}.ckpt")
     batches = islice(inputs(model, data), cfg.batches)
-    result = verify(model, onnx, plan if cfg.plan or plan.is_file() else None, batches=batches)
+    # runs of earlier versions do not say
+    axis = ran.export.get("class_axis", 1)
+    result = verify(model, onnx, plan if cfg.plan or plan.is_file() else None, batches=batches, class_axis=axis)
     print(result)
     runtimes = (result.onnxruntime, result.tensorrt)
     found = {

@@ -46,7 +46,8 @@ class OutputDifference:
 class RuntimeDifference:
     """One runtime against torch.
 
-    A prediction is the argmax over axis 1 of the first output; of a single value, whether it is above 0.
+    A prediction is the argmax over the classes of the first output, axis 1 unless :func:`verify` was told another; of a single
+    value, whether it is above 0.
 
     Attributes:
         runtime: ``"onnxruntime"`` or ``"tensorrt"``.
@@ -68,8 +69,9 @@ class RuntimeDifference:
 
 @dataclass
 class Totals:
-    """What :class:`RuntimeDifference` is made of, batch by batch."""
+    """What :class:`RuntimeDifference` is made of, batch by batch; ``class_axis`` is that of the classes in the first output."""
 
+    class_axis: int = 1
     total: list[float] = field(default_factory=list)
     count: list[int] = field(default_factory=list)
     largest: list[float] = field(default_factory=list)
@@ -93,14 +95,15 @@ class Totals:
         self.largest = [
             max(m, float(d.max()) if d.numel() else 0.0) for m, d in zip(self.largest or zeros, differences, strict=True)
         ]
-        self._compare(predict(expected[0]), predict(actual[0]), _by_row(differences[0]))
+        first, second = (predict(outputs[0], self.class_axis) for outputs in (expected, actual))
+        self._compare(first, second, _by_row(differences[0]))
 
     def _compare(self, expected: Tensor, actual: Tensor, difference: Tensor) -> None:
         self.predictions.append(actual)
         unequal = expected != actual
         self.unequal += int(unequal.sum())
         if bool(unequal.any()):
-            self.worst = max(self.worst, float(difference.amax(dim=1)[unequal].max()))
+            self.worst = max(self.worst, float(difference.amax(dim=self.class_axis)[unequal].max()))
 
     def result(self, runtime: str, names: tuple[str, ...], steps: list[float]) -> RuntimeDifference:
         """The sums as figures."""
@@ -122,14 +125,23 @@ def _apart(expected: Tensor, actual: Tensor) -> Tensor:
     return (actual - expected).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0)
 
 
-def predict(output: Tensor) -> Tensor:
+def predict(output: Tensor, class_axis: int = 1) -> Tensor:
     """The class of each row; of a single value, whether it is above 0.
+
+    Raises:
+        ValueError: there is no such axis.
 
     >>> predict(torch.tensor([[0.1, 0.7], [0.9, 0.2]])), predict(torch.tensor([[0.5], [-0.5]]))
     (tensor([1, 0]), tensor([1, 0]))
     """
     rows = _by_row(output)
-    return rows.argmax(dim=1) if rows.shape[1] != 1 else (rows.squeeze(1) > 0).to(torch.int64)
+    if not -rows.dim() <= class_axis < rows.dim():
+        raise ValueError(
+            f"`class_axis` is {class_axis}, and the first output has shape {tuple(output.shape)}: give one of its axes."
+        )
+    if rows.shape[class_axis] != 1:
+        return rows.argmax(dim=class_axis)
+    return (rows.squeeze(class_axis) > 0).to(torch.int64)
 
 
 def _by_row(output: Tensor) -> Tensor:

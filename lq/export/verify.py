@@ -62,7 +62,9 @@ class Verification:
         lines = []
         for runtime in (self.onnxruntime, self.tensorrt):
             if runtime is not None:
-                lines.append(f"{runtime.runtime}: {100 * runtime.agreement:.2f} % of {self.samples} predictions agree")
+                lines.append(
+                    f"{runtime.runtime}: {100 * runtime.agreement:.2f} % of {self.predictions.numel()} predictions agree"
+                )
                 lines += [f"  {output}" for output in runtime.outputs]
         first = self.first_difference
         if first is not None:
@@ -82,6 +84,7 @@ def verify(
     *,
     batches: Iterable[Any],
     feed: Callable[[Any], Mapping[str, Tensor]] | None = None,
+    class_axis: int = 1,
 ) -> Verification:
     """Run the model, in evaluation, the file in ONNX Runtime, and the engine on the same batches, and compare.
 
@@ -95,10 +98,11 @@ def verify(
         plan: what :func:`build_engine` made of that, or an :class:`Engine`.
         batches: each a tensor, a tuple of positional inputs, or a mapping of keyword inputs; no labels.
         feed: from a batch to the inputs of the ONNX model by name; by default positional inputs in order, keyword inputs by name.
+        class_axis: of the first output: 1 for ``(batch, classes, ...)``, -1 for a language model's ``(batch, length, classes)``.
 
     Raises:
         FileNotFoundError, ValueError: a file cannot be loaded; or the model is not calibrated; or there are no batches; or
-            outputs differ in number or shape.
+            outputs differ in number or shape; or there is no axis ``class_axis``.
         ImportError, RuntimeError: there is a ``plan``, but no TensorRT or no GPU.
     """
     if pending := [name for name, q in named_quantizers(model) if q._if_quant and q.amax is None and not q.dynamic]:
@@ -107,7 +111,7 @@ def verify(
             "or load the checkpoint that the file was exported from."
         )
     runtimes = _runtimes(onnx, plan)
-    totals = {name: Totals() for name in runtimes}
+    totals = {name: Totals(class_axis) for name in runtimes}
     predictions: list[Tensor] = []
     steps: list[float] = []
     layers: tuple[CodeDifference, ...] = ()
@@ -117,7 +121,7 @@ def verify(
             if not predictions:
                 steps, layers = _look(model, batch, run, runtimes["onnxruntime"])
             expected = [x.cpu() for x in _outputs(model, batch)]
-            predictions.append(predict(expected[0]))
+            predictions.append(predict(expected[0], class_axis))
             for name, runtime in runtimes.items():
                 totals[name].add(name, expected, tuple(x.cpu() for x in run(runtime)))
     if not predictions:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.colors
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from lq.analysis.report import (
     read_history,
     write_report,
 )
+from lq.analysis.tables import stage_table
 
 FIGURES = ["accuracy.png", "amax.png", "histograms.png", "sqnr.png"]
 
@@ -85,6 +87,34 @@ def test_numbers_in_markdown(report, tmp_path):
     assert cells(deployed, "int8") == ["int8.onnx", "1.0", "0.25", "-", "-"]
     assert cells(text, "conv.input") == ["8", "2.500", "4.500", "0.893", "31.3", "yes"]
     assert cells(text, "conv.weight") == ["4", "0.1235", "-", "0.000", "∞", ""]
+
+
+def test_of_perplexities_less_is_better(tmp_path):
+    stages = [
+        Stage("float", {"val_loss": 1.4, "val_perplexity": 4.0}),
+        Stage("calibrated", {"val_loss": 1.41, "val_perplexity": 4.06}),
+        Stage("qat", {"val_loss": 1.39, "val_perplexity": 3.99}),
+        Stage("onnxruntime", {"val_loss": 1.39}),
+    ]
+    found = Report("lm", stages=stages)
+    write_report(found, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| Stage | val_loss | val_perplexity | to float (%) |" in text
+    assert cells(text, "float") == ["1.400", "4.000", ""]
+    assert cells(text, "calibrated") == ["1.410", "4.060", "+1.50"]
+    assert cells(text, "qat") == ["1.390", "3.990", "-0.25"]
+    assert cells(text, "onnxruntime") == ["1.390", "-", "-"]
+    (axes,) = figures.accuracy(found).axes
+    assert axes.get_title(loc="left") == "val_perplexity"
+    assert [matplotlib.colors.to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == [
+        figures.BLUE,
+        figures.ORANGE,
+        figures.BLUE,
+    ]
+
+
+def test_a_metric_of_zero_has_no_percentages():
+    assert stage_table([Stage("float", {"val_loss": 0.0}), Stage("qat", {"val_loss": 0.1})]).rows[1] == ["qat", "0.1000", "-"]
 
 
 def test_files(report, tmp_path):

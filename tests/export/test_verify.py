@@ -181,6 +181,25 @@ def test_first_layer_that_differs(exported):
     assert f"first other codes: 4.input, {first.unequal} of 512, by 3 steps at most" in str(result)
 
 
+def test_classes_on_the_last_axis(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6)
+    model = calibrated(nn.Linear(6, 4), x)
+    path = to_onnx(model, x, tmp_path / "last.onnx")
+    result = verify(model, path, batches=[x, x], class_axis=-1)
+    assert torch.equal(result.predictions, model(torch.cat([x, x])).argmax(-1))
+    assert str(result).startswith("onnxruntime: 100.00 % of 20 predictions agree")
+    # other inputs: the rows whose predictions differ are told apart along the same axis
+    other = verify(model, path, batches=[x], feed=lambda batch: {"input": -batch}, class_axis=-1).onnxruntime
+    ours, theirs = model(x).detach(), model(-x).detach()
+    unequal = ours.argmax(-1) != theirs.argmax(-1)
+    assert 0 < other.disagreements == int(unequal.sum())
+    worst = (ours - theirs).abs().amax(-1)[unequal].max().item()
+    assert other.worst_disagreement_steps * other.outputs[0].step == pytest.approx(worst, rel=1e-4)
+    with pytest.raises(ValueError, match=r"`class_axis` is 3, and the first output has shape \(2, 5, 4\)"):
+        verify(model, path, batches=[x], class_axis=3)
+
+
 def test_nan_is_no_agreement(exported):
     model, path, batches = exported
     broken = copy.deepcopy(model)
