@@ -1,6 +1,6 @@
 """A train step with fake quantization against the same step in float: time, memory, and how both grow.
 
-    python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--no-eager] [--large] [--graph] [--grow] [--processes 1 2]
+    python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--no-eager] [--large] [--grow] [--processes 1 2]
                                   [--threads 1] [--device cuda] [--bf16] [--check]
 
 A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder
@@ -82,19 +82,6 @@ def step(model: nn.Module, x: Tensor) -> Step:
     return run
 
 
-def captured(run: Step) -> Step:
-    """A step out of a CUDA graph: what the GPU takes, however long launching its kernels does."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def quantized(model: nn.Module, x: Tensor) -> nn.Module:
     """A calibrated copy."""
     model = lq.quantize_(copy.deepcopy(model))
@@ -142,7 +129,7 @@ def peak(run: Step, device: str) -> int:
     return highest
 
 
-def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, rounds: int, graph: bool) -> Table:
+def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, rounds: int) -> Table:
     """A table of contenders."""
     model, x = model.to(device).train(), x.to(device)
     models = {"float": model, "lq": quantized(model, x)}
@@ -153,17 +140,13 @@ def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, r
     runs = {name: step(m, x) for name, m in models.items()}
     if not compiled:
         runs["lq, recomputing"] = step(recompute_(copy.deepcopy(models["lq"])), x)
-        if not graph:
-            runs["lq, a step that QuantMonitor logs"] = watched(Module(copy.deepcopy(model), x), x)
-    if graph:
-        for run in runs.values():
-            run()
+        runs["lq, a step that QuantMonitor logs"] = watched(Module(copy.deepcopy(model), x), x)
+    found = ratios(runs, rounds)
     memory = {key: peak(run, device) for key, run in runs.items()}
-    found = ratios({key: captured(run) for key, run in runs.items()} if graph else runs, rounds)
     rows = []
     for key, (seconds, ratio) in found.items():
         rows.append([key, f"{1e3 * seconds:.0f}", f"{ratio:.2f}", f"{memory[key] / memory['float']:.2f}"])
-    if not compiled and not graph:
+    if not compiled:
         of_lq, logged = found["lq"][1], rows.pop()
         spread = of_lq + (float(logged[2]) - of_lq) / EVERY
         rows.append(["lq, with QuantMonitor", "", f"{spread:.2f}", ""])
@@ -234,7 +217,6 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-eager", action="store_true")
     parser.add_argument("--large", action="store_true", help="networks for a GPU")
-    parser.add_argument("--graph", action="store_true", help="out of CUDA graphs: without what launching kernels takes")
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--processes", type=int, nargs="+", default=[], help="numbers of DDP processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -250,7 +232,7 @@ def main() -> None:
     with torch.autocast(arguments.device, torch.bfloat16) if arguments.bf16 else nullcontext():
         for compiled in [False] * (not arguments.no_eager) + [True] * (not arguments.no_compile):
             for name, make in (LARGE if arguments.large else NETWORKS).items():
-                table = steps(name, *make(), arguments.device, compiled, arguments.rounds, arguments.graph)
+                table = steps(name, *make(), arguments.device, compiled, arguments.rounds)
                 print(f"\n{table.title}\n\n{table.markdown()}", flush=True)
         if arguments.grow:
             print(f"\n{growth(arguments.device, arguments.rounds).markdown()}", flush=True)

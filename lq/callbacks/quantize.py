@@ -27,6 +27,7 @@ from lq.corrections import Correction, Corrections, weights_bias_correction_
 from lq.descriptor import Rules, resolve_rules
 from lq.load import origin_of
 from lq.methods import Method, check_options
+from lq.nn import recompute_
 from lq.placement import check_target
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
 from lq.surgery import has_quantized_layers, named_quantizers
@@ -64,6 +65,7 @@ class Quantize(KeepsWeights):
         mode: whether ``"min"`` or ``"max"`` is good; likewise.
         dirpath: folder to leave the calibrated model in, as ``calibrated.ckpt``, and what calibration collected, as
             ``statistics.safetensors`` (:func:`lq.calib.save_statistics`): ``lq recalibrate`` tries other methods on them.
+        recompute: train in the memory of float training, a little slower (:func:`lq.nn.recompute_`).
 
     Attributes:
         stages: metrics of each stage.
@@ -96,6 +98,7 @@ class Quantize(KeepsWeights):
         monitor: str | None = None,
         mode: str | None = None,
         dirpath: str | Path | None = None,
+        recompute: bool = False,
     ) -> None:
         check_target(target, resolve_rules(rules))
         check_options(method, method_options or {}, batches)
@@ -112,7 +115,7 @@ class Quantize(KeepsWeights):
         self.rules, self.target, self.method, self.method_options = rules, target, method, method_options or {}
         self.batches, self.alpha, self.excluded_modules = batches, alpha, excluded_modules
         self.validate_stages, self.dirpath = stages, dirpath
-        self.keep_best, self.monitor, self.mode = keep_best, monitor, mode
+        self.keep_best, self.monitor, self.mode, self.recompute = keep_best, monitor, mode, recompute
         self._best: Best | None = None
         self._restored: dict[str, Any] = {}
         self.corrections = list(corrections)
@@ -139,6 +142,8 @@ class Quantize(KeepsWeights):
         if not has_quantized_layers(pl_module):
             place_(trainer, pl_module, self.rules, self.target)
             add_biases_(pl_module, self.corrections)
+        if self.recompute:
+            recompute_(pl_module)
         await_learned_(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Values of a tile: 16 for each thread, twice 16 bytes of half precision. Measured on an H200 against 1024 to 8192 and 4 to 16 warps.
+# Values of a tile: 16 for each thread. The best of 1024 to 8192 on 4 to 16 warps, on an H200.
 TILE, WARPS = 2048, 4
 # Added and subtracted, it leaves a float32 of less than 2**22 as a whole number, ties to even.
 ROUNDING = tl.constexpr(1.5 * 2**23)

@@ -30,6 +30,7 @@ from lq.nn.pooling import (
     QuantMaxPool3d,
 )
 from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, QuantMixin, QuantModule, register
+from lq.nn.recompute import recompute_
 from lq.nn.rnn import QuantLSTM, QuantLSTMCell
 from lq.nn.tensor_quantizer import TensorQuantizer
 
@@ -105,5 +106,6 @@ __all__ = [
     "TensorQuantizer",
     "functional",
     "modules",
+    "recompute_",
     "register",
 ]

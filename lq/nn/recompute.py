@@ -21,8 +21,10 @@ def recompute_(model: M, enabled: bool = True) -> M:
     A layer in float keeps its input, which what made it (a ReLU, say) keeps too: one tensor. With fake quantization there are
     two, the input and what it was rounded to, and the same goes for the weight. This leaves the second out, and rounds again
     when gradients are computed (Chen et al., 2016, arXiv:1604.06174, for a single cheap operation): the memory of float
-    training, for another pass over the tensor. ``torch.compile`` decides for itself, and quantizers keep both where amax is learned or taken from each
-    input, for affine and block-wise grids, for inserted factors, and while they collect statistics.
+    training, for another pass over the tensor.
+
+    ``torch.compile`` decides for itself. Both are kept where amax is learned or taken from each input, for affine and block-wise
+    grids, for normalized weights, for inserted factors, and while statistics are collected.
 
     Args:
         model: quantized.
@@ -80,12 +82,11 @@ def keeping_less(*tensors: "tuple[TensorQuantizer, Tensor, Tensor]") -> Abstract
 
     def pack(saved: Tensor) -> Any:
         again = agains.get(_memory_of(saved))
-        # matrix products keep a view, convolutions the tensor as it lies
-        fits = again is not None and (saved.stride() == again.x.stride() or (saved.is_contiguous() and again.x.is_contiguous()))
-        return (again, saved.shape) if fits else saved
+        return saved if again is None else (again, saved.shape, saved.stride())
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0]().view(packed[1])
+        # matrix products keep a view, or a transpose, of what lies in memory as it did
+        return packed if isinstance(packed, Tensor) else packed[0]().as_strided(*packed[1:])
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -106,7 +107,7 @@ def _memory_of(x: Tensor) -> tuple[Any, ...]:
 
 def _rounding_of(quantizer: "TensorQuantizer") -> tuple[Tensor, tuple[Any, ...]] | None:
     """amax and grid, if fake quantization with them is all that the quantizer does."""
-    desc, amax = quantizer.quant_desc, quantizer._buffers["_amax"]
+    desc, amax = quantizer.quant_desc, quantizer._buffers.get("_amax")
     more = desc.affine or desc.normalize or desc.block_size is not None or not desc.fake_quant
     if amax is None or more or not quantizer.active or quantizer._if_calib or quantizer.clip is not None:
         return None

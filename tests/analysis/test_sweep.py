@@ -62,3 +62,14 @@ def test_table():
 @pytest.mark.parametrize("told", [[{"lr": "0.001"}, {"lr": "1"}], [{}, {}], [{"a": "x"}, {"a": "y"}]])
 def test_it_is_drawn(tmp_path, told):
     assert sweep(told, [0.9, 0.8]).figure(tmp_path / "comparison.png").stat().st_size > 5_000
+
+
+def test_runs_are_compared_by_a_metric_that_is_no_loss():
+    figures = [
+        {"float/val_loss": 1.4, "float/val_perplexity": 4.0, "kept/val_perplexity": value, "float/bytes": 9}
+        for value in (4.25, 4.125)
+    ]
+    table = Sweep.of(["0", "1"], [{"calib": "max"}, {"calib": "mse"}], figures).table()
+    assert table.title == "Runs: val_perplexity at each stage"
+    assert table.columns == ["job", "calib", "float", "kept"]
+    assert table.rows == [["0", "max", "4.000", "4.250"], ["1", "mse", "4.000", "4.125"]]

@@ -19,7 +19,6 @@ import lq
 import lq.conf
 from lq.cli.main import register_resolvers
 from lq.cli.run import qat_epochs, run
-from lq.cli.sweep import comparison
 from lq.export import EngineBenchmark, EngineLatency, OnnxModel
 from lq.recipes.digits import DigitsClassifier, DigitsDataModule
 from wandb_run import history
@@ -124,18 +123,6 @@ def test_config_fields_are_the_descriptors_own(tmp_path):
 def test_block_weights_are_the_presets(tmp_path):
     rules = instantiate(config(tmp_path, "quant=w4a16").callbacks)["quantize"].rules
     assert [lq.QuantRule.from_dict(rule) for rule in rules] == lq.descriptor.PRESETS["w4a16"]
-
-
-def test_a_sweep_compares_perplexities(tmp_path):
-    for job, (method, value) in enumerate([("max", 4.25), ("mse", 4.125)]):
-        (tmp_path / str(job) / ".hydra").mkdir(parents=True)
-        (tmp_path / str(job) / ".hydra" / "overrides.yaml").write_text(f"[calib={method}]")
-        figures = {"float/val_loss": 1.4, "float/val_perplexity": 4.0, "kept/val_perplexity": value, "float/bytes": 9}
-        (tmp_path / str(job) / "metrics.json").write_text(json.dumps(figures))
-    table = comparison([tmp_path / "0", tmp_path / "1"])
-    assert table.title == "Runs: val_perplexity at each stage"
-    assert table.columns == ["job", "calib", "float", "kept"]
-    assert table.rows == [["0", "max", "4", "4.25"], ["1", "mse", "4", "4.125"]]
 
 
 # A run
