@@ -362,3 +362,17 @@ def test_a_learned_amax_that_starts_from_its_descriptor_is_trained(tmp_path):
     model = Tiny()
     trainer(tmp_path, Quantize(rules, alpha=None), max_epochs=1).fit(model, loader(), loader())
     assert any(q.amax != 1 for name, q in lq.named_quantizers(model) if name.endswith("input"))
+
+
+def test_recomputing_trains_to_the_same_weights(tmp_path):
+    found = []
+    for recompute in (False, True):
+        seed_everything(0, verbose=False)
+        model = Tiny()
+        trainer(tmp_path, Quantize(alpha=None, recompute=recompute), max_epochs=1).fit(model, loader())
+        layers = [module for module in model.modules() if isinstance(module, lq.nn.QuantMixin)]
+        assert layers
+        assert all(layer.recompute == recompute for layer in layers)
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
