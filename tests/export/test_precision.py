@@ -197,3 +197,14 @@ def test_a_learned_range_with_other_ends_keeps_them(tmp_path):
     graph = export(model, x, tmp_path)
     with torch.no_grad():
         np.testing.assert_allclose(graph.run(x)[0], model(x).numpy(), atol=1e-6)
+
+
+def test_few_bits_are_what_was_trained_in_an_optimized_session(tmp_path):
+    descriptors = lq.QuantDescriptor(2, narrow_range=False), lq.QuantDescriptor(2, axis=0, narrow_range=False)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    x = torch.randn(8, 1, 8, 8)
+    lq.quantize_(model, [lq.QuantRule("*", *descriptors)])
+    with lq.calibrating(model, method="mse"):
+        model(x)
+    lq.export.to_onnx(model, (x,), tmp_path / "model.onnx")
+    torch.testing.assert_close(lq.export.OnnxModel(tmp_path / "model.onnx")(x)[0], model(x).detach(), rtol=1e-5, atol=1e-5)
