@@ -30,6 +30,9 @@ from lq.export import (
 )
 from lq.nn.evaluating import evaluating
 
+# What the first output can be: what has an argmax, or what has a cosine.
+OUTPUTS = ("classes", "embeddings")
+
 
 @dataclass(frozen=True)
 class Deployment:
@@ -39,6 +42,7 @@ class Deployment:
     quantized: Deployed
     engines: list[Deployed]
     verification: Verification | None
+    outputs: str
     layout: TreeSpec
     conditions: str
 
@@ -46,18 +50,34 @@ class Deployment:
         """What the report says about the agreement."""
         if self.verification is None:
             return {}
-        notes = _agreement("ONNX Runtime", self.verification.onnxruntime, self.verification.samples)
+        notes = self._agreement("ONNX Runtime", self.verification.onnxruntime)
         if self.verification.tensorrt is not None:
-            notes |= _agreement("TensorRT", self.verification.tensorrt, self.verification.samples)
+            notes |= self._agreement("TensorRT", self.verification.tensorrt)
         return {**notes, "latency": self.conditions}
 
+    def figures(self) -> dict[str, float]:
+        """What ``metrics.json`` says about it."""
+        if self.verification is None:
+            return {}
+        found = self.verification.onnxruntime
+        if self.outputs == "embeddings":
+            return {"least_cosine": found.least_cosine}
+        return {"agreement": found.agreement, "worst_disagreement_steps": found.worst_disagreement_steps}
 
-def _agreement(name: str, found: RuntimeDifference, samples: int) -> dict[str, str]:
+    def _agreement(self, name: str, found: RuntimeDifference) -> dict[str, str]:
+        assert self.verification is not None
+        return _agreement(name, found, self.verification.samples, self.outputs)
+
+
+def _agreement(name: str, found: RuntimeDifference, samples: int, outputs: str) -> dict[str, str]:
     output = found.outputs[0]
     steps = f" ({output.max_steps:.3g} quantization steps)"
     apart = f"; {found.disagreements} disagree, at most {found.worst_disagreement_steps:.3g} steps apart"
+    agreement = f"{100 * found.agreement:.2f} % of {samples} predictions" + apart * (found.disagreements > 0)
     return {
-        f"agreement with {name}": f"{100 * found.agreement:.2f} % of {samples} predictions" + apart * (found.disagreements > 0),
+        f"agreement with {name}": f"cosine at least {found.least_cosine:.6f}, of {samples} embeddings"
+        if outputs == "embeddings"
+        else agreement,
         f"largest difference, {name}": f"{output.max_abs:.3g} at the output" + steps * (not math.isnan(output.step)),
     }
 
@@ -83,6 +103,7 @@ def deploy(
     if trainer.is_global_zero:
         for name, module in models.items():
             options = {"opset": cfg.export.opset, "precision": cfg.export.precision, "target": target}
+            options["dynamic_shapes"] = OmegaConf.to_object(cfg.export)["dynamic_shapes"]  # type: ignore[index, call-overload]
             to_onnx(module, example, paths[name], **options)
         plans = {} if cfg.export.engine is None else build(cfg, paths)
         verification = verify(model, paths[cfg.quant.name], plans.get(cfg.quant.name), batches=batches)
@@ -96,7 +117,7 @@ def deploy(
         f"ONNX Runtime {version('onnxruntime')} on this CPU, batch {min(size, len(batches[0][0]))}; the graph is laid out for "
         f"{target}" + " (export.target=onnxruntime suits this one)" * (target != "onnxruntime")
     )
-    return Deployment(deployed["float"], deployed[cfg.quant.name], engines, verification, layout, conditions)
+    return Deployment(deployed["float"], deployed[cfg.quant.name], engines, verification, cfg.export.outputs, layout, conditions)
 
 
 def build(cfg: DictConfig, paths: dict[str, Path]) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
 from lq.callbacks import Quantize
 from lq.checkpoint import Original, original, read_checkpoint
-from lq.cli.deploy import Deployment, deploy, inputs, validate_onnx
+from lq.cli.deploy import OUTPUTS, Deployment, deploy, inputs, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
 from lq.cli.ptq import check_ptq, run_ptq
 from lq.export import require_tensorrt
@@ -46,20 +46,22 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     if ptq is not None:
         check_ptq(cfg, ptq)
 
-    if cfg.ckpt_path is None:
+    if cfg.ckpt_path is not None:
+        load_float(model, cfg.ckpt_path)
+    elif cfg.float_epochs:
         console.rule("Float training")
         train_float(cfg, model, data, folder)
-    else:
-        load_float(model, cfg.ckpt_path)
     if ptq is not None:
         return run_ptq(cfg, ptq, model, data, folder, console)
     float_model = copy.deepcopy(model)
 
-    console.rule("Calibration, rescaling, quantization-aware training")
+    epochs = qat_epochs(cfg)
+    quantize.fine_tune = epochs > 0
+    console.rule("Calibration, rescaling" + ", quantization-aware training" * quantize.fine_tune)
     loggers = list(instantiate(cfg.logger).values())
     # LearningRateMonitor refuses to be without a logger
     used = [c for c in callbacks.values() if loggers or not isinstance(c, LearningRateMonitor)]
-    trainer: Trainer = instantiate(cfg.trainer, max_epochs=qat_epochs(cfg), callbacks=used, logger=loggers)
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=max(1, epochs), callbacks=used, logger=loggers)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(folder / "checkpoints" / f"{cfg.quant.name}.ckpt")
     with console.status("Exporting, verifying and timing the graphs"):
@@ -102,7 +104,7 @@ def describe(
         alpha = f"alpha {min(alphas):.2f} to {max(alphas):.2f}" if len(set(alphas)) > 1 else f"alpha {alphas[0]}"
         notes["rescaling"] = f"{alpha}: {folded} of {len(alphas)} groups folded, others inserted"
     return Report(
-        title=f"{cfg.name}: float to INT8",
+        title=f"{cfg.name}: float to {cfg.quant.name.upper()}",
         stages=[Stage(name, metrics) for name, metrics in quantize.stages.items()],
         deployed=[] if deployment is None else [deployment.float, deployment.quantized, *deployment.engines],
         layers=layers,
@@ -120,8 +122,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
     quantize = callbacks.get("quantize")
     if not isinstance(quantize, Quantize):
         raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
-    if cfg.schedule.epochs is not None and cfg.schedule.epochs < 1:
-        raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: calibration is part of the fit, give at least 1.")
+    if cfg.schedule.epochs is not None and cfg.schedule.epochs < 0:
+        raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: give at least 0, which calibrates and trains nothing.")
     if not is_overridden("validation_step", model) or not is_overridden("val_dataloader", data):
         raise ValueError(
             f"{type(model).__name__} needs a `validation_step`, and {type(data).__name__} a `val_dataloader`: `lq` measures each "
@@ -134,6 +136,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
     quantized = quantize_(copy.deepcopy(model), quantize.rules, target=quantize.target)
     if cfg.export.format not in (None, "onnx"):
         raise ValueError(f"`export.format` is {cfg.export.format!r}: choose onnx or null.")
+    if cfg.export.outputs not in OUTPUTS:
+        raise ValueError(f"`export.outputs` is {cfg.export.outputs!r}: choose {' or '.join(OUTPUTS)}.")
     if cfg.quant.name == "float":
         raise ValueError("`quant.name` is 'float', which is what the float graph is called: choose another.")
     if cfg.export.format is not None:
@@ -153,7 +157,7 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
 
 
 def qat_epochs(cfg: DictConfig) -> int:
-    """How long to fine-tune: as the schedule says, or a tenth of the float training."""
+    """How long to fine-tune: as the schedule says, or a tenth of the float training; 0 is not at all."""
     if cfg.schedule.epochs is not None:
         return int(cfg.schedule.epochs)
     return (Original(cfg.float_epochs, []) if cfg.ckpt_path is None else original(cfg.ckpt_path)).share()
