@@ -74,7 +74,7 @@ def split_topics(topics: dict[str, str], seed: int) -> tuple[list[str], list[str
 
 
 class SentencesDataModule(LightningDataModule):
-    """Sentences as ``input_ids`` and ``attention_mask``, int64 ``(batch, tokens)``, with the float ``embedding``, ``(batch, 384)``.
+    """Sentences as ``input_ids`` and ``attention_mask``, int64 ``(batch, tokens)``, and their float ``embedding``, ``(batch, 384)``.
 
     Args:
         train_sentences: to calibrate on and to fine-tune with.
