@@ -21,6 +21,7 @@ from torchmetrics.regression import CosineSimilarity
 
 import lq
 from lq.analysis.tables import Table
+from lq.corrections import weights_bias_correction_
 from lq.recipes.minilm import Batch, MiniLM, SentencesDataModule, SimilarityOrder
 
 LAYER = "encoder.encoder.layer.0.intermediate.dense"  # behind a LayerNorm, with the loudest channel of all
@@ -61,10 +62,15 @@ def quantized(model: nn.Module, batches: list[Batch], rules: Any = "int8", targe
 
 def candidates(model: nn.Module, batches: list[Batch]) -> Iterator[tuple[str, nn.Module]]:
     yield "INT8, not rescaled", quantized(model, batches)
-    for alpha in (0.5, 0.7, 0.85, "auto"):
+    for alpha in (0.5, 0.7, 0.85, 0.9, "auto"):
         smooth = rescaled(model, batches, alpha)
-        yield f"INT8, alpha {alpha}", quantized(smooth, batches)
-    yield "INT8, alpha auto, target=tensorrt", quantized(smooth, batches, target="tensorrt")
+        yield f"INT8, alpha {alpha}", (found := quantized(smooth, batches))
+    weights_bias_correction_(found, map(inputs, batches))
+    yield "INT8, alpha auto, biases corrected", found
+    for target in ("tensorrt", "onnxruntime"):
+        found = quantized(smooth, batches, target=target)
+        weights_bias_correction_(found, map(inputs, batches))
+        yield f"INT8, alpha auto, biases corrected, target={target}", found
     yield "FP8", quantized(model, batches, "fp8")
     yield "FP8, alpha auto", quantized(smooth, batches, "fp8")
 
@@ -123,8 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data, model = SentencesDataModule(), MiniLM().eval()
     data.setup("fit")
-    size = data.hparams["batch_size"]
-    seen = [data.collate(data.train_set[i : i + size]) for i in range(0, len(data.train_set), size)]
+    seen = [data.collate(batch) for batch in data.train_batches]
     held_out = list(data.val_dataloader())
     rows = []
     for source in (candidates, of_modelopt)[: 1 + arguments.peers]:

@@ -74,7 +74,9 @@ def split_topics(topics: dict[str, str], seed: int) -> tuple[list[str], list[str
 
 
 class SentencesDataModule(LightningDataModule):
-    """Sentences as ``input_ids`` and ``attention_mask``, int64 ``(batch, tokens)``, and their float ``embedding``, ``(batch, 384)``.
+    """Sentences: ``input_ids`` and ``attention_mask``, int64 ``(batch, tokens)``, and the float ``embedding``, ``(batch, 384)``.
+
+    A batch has sentences of similar length: what padding makes of a layer's input would count in calibration like the rest.
 
     Args:
         train_sentences: to calibrate on and to fine-tune with.
@@ -100,29 +102,27 @@ class SentencesDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.train_set: list[Item] = []
+        self.train_batches: list[list[Item]] = []
 
     def setup(self, stage: str) -> None:
-        if self.train_set:
+        if self.train_batches:
             return
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(weights_folder()))
         splits = split_topics(pydoc_data.topics.topics, self.hparams["seed"])
-        found = [
-            _first(self.hparams[name], part, name)
-            for name, part in zip(("train_sentences", "val_sentences"), splits, strict=True)
-        ]
-        # sentences of one length in a batch need little padding
-        train, val = found[0], sorted(found[1], key=len)
-        self.train_set, self.val_set = self._with_embeddings(train), self._with_embeddings(val)
-
-    def _with_embeddings(self, texts: list[str]) -> list[Item]:
+        names = ("train_sentences", "val_sentences")
+        train, val = (_first(self.hparams[name], part, name) for name, part in zip(names, splits, strict=True))
         model = MiniLM().eval()
-        batches = [texts[i : i + 32] for i in range(0, len(texts), 32)]
+        self.train_batches = self._batches(model, train, self.hparams["batch_size"])
+        self.val_batches = self._batches(model, val, self.hparams["eval_batch_size"])
+
+    def _batches(self, model: nn.Module, texts: list[str], size: int) -> list[list[Item]]:
+        ordered = sorted(texts, key=lambda text: len(self.tokenizer(text)["input_ids"]))
+        batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         with torch.no_grad():
-            targets = torch.cat([model(**self.tokenize(batch)) for batch in batches])
-        return list(zip(texts, targets, strict=True))
+            targets = [model(**self.tokenize(batch)) for batch in batches]
+        return [list(zip(*parts, strict=True)) for parts in zip(batches, targets, strict=True)]
 
     def tokenize(self, texts: list[str]) -> Batch:
         """What ``forward`` takes, padded to the longest of the sentences."""
@@ -135,10 +135,11 @@ class SentencesDataModule(LightningDataModule):
         return self.tokenize(list(texts)) | {"embedding": torch.stack(targets)}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.train_set, self.hparams["batch_size"], shuffle=True, collate_fn=self.collate)  # type: ignore[arg-type]
+        # what it draws are batches
+        return DataLoader(self.train_batches, batch_size=None, shuffle=True, collate_fn=self.collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.val_set, self.hparams["eval_batch_size"], collate_fn=self.collate)  # type: ignore[arg-type]
+        return DataLoader(self.val_batches, batch_size=None, collate_fn=self.collate)  # type: ignore[arg-type]
 
 
 def _first(count: int, texts: list[str], name: str) -> list[str]:
@@ -201,9 +202,8 @@ class MiniLM(LightningModule):
         from transformers import AutoModel
 
         # attention that is written out: its products can be quantized, and every graph has it
-        self.encoder: nn.Module = AutoModel.from_pretrained(
-            str(folder), add_pooling_layer=False, attn_implementation="eager"
-        ).eval()
+        self.encoder: nn.Module = AutoModel.from_pretrained(str(folder), attn_implementation="eager").eval()
+        self.encoder.pooler = None  # of the pretraining, which embeddings do without
         self.val_cosine = CosineSimilarity(reduction="mean")
         self.val_spearman = SimilarityOrder()
 
