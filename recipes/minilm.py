@@ -201,8 +201,9 @@ class MiniLM(LightningModule):
         folder = weights_folder()
         from transformers import AutoModel
 
-        # attention that is written out: its products can be quantized, and every graph has it
-        self.encoder: nn.Module = AutoModel.from_pretrained(str(folder), attn_implementation="eager").eval()
+        # attention that is written out: its products can be quantized, and every graph has it; nothing is dropped in distillation
+        options = {"attn_implementation": "eager", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        self.encoder: nn.Module = AutoModel.from_pretrained(str(folder), **options).train()
         self.encoder.pooler = None  # of the pretraining, which embeddings do without
         self.val_cosine = CosineSimilarity(reduction="mean")
         self.val_spearman = SimilarityOrder()

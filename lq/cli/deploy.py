@@ -55,7 +55,7 @@ class Deployment:
             notes |= self._agreement("TensorRT", self.verification.tensorrt)
         return {**notes, "latency": self.conditions}
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """What ``metrics.json`` says about it."""
         if self.verification is None:
             return {}
