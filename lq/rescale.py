@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lq.alpha import BATCHES, Alpha, alphas_by_name, check_alpha, sample, search_alphas
+from lq.alpha import BATCHES, Alpha, Sample, alphas_by_name, check_alpha, held_out, sample, search_alphas
 from lq.calib import MaxCalibrator, gather, sync_calibrators
 from lq.functional.smooth import smooth_factors
 from lq.graph import Flow, tracing, untraced
@@ -115,9 +115,12 @@ class RescalingCalibrator:
         self._names = {m: name or type(m).__name__ for name, m in self.model.named_modules()}
         self._excluded = {m for name, m in self.model.named_modules() if name in excluded}
         self._layers = [m for m in self._names if m not in self._excluded and (_may_change(m) if quantized else is_layer(m))]
-        # largest magnitude of each input channel of the layers that a batch reached, and, for alpha="auto", a few inputs
+        # largest magnitude of each input channel of the layers that a batch reached
         self._input_amax: dict[nn.Module, Tensor] = {}
-        self._samples: dict[nn.Module, list[Tensor]] = defaultdict(list)
+        # for alpha="auto": that in every other batch, and a few inputs of those between
+        self._runs = 0
+        self._known_amax: dict[nn.Module, Tensor] = {}
+        self._samples: dict[nn.Module, list[Sample]] = defaultdict(list)
         if args or kwargs:
             self(*args, **(kwargs or {}))
 
@@ -141,6 +144,7 @@ class RescalingCalibrator:
             for module in self._layers:
                 stack.callback(module.register_forward_pre_hook(self._collect, with_kwargs=True).remove)
             yield
+            self._runs += 1
         self._flow = flow if flow.calls else None
 
     def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,11 +152,14 @@ class RescalingCalibrator:
             factor = factor_of(module)
             for x in inputs_of(module, args, kwargs):
                 x = x if factor is None else x * factor  # what meets the weight
-                if len(samples := self._samples[module]) < BATCHES:
-                    samples.append(sample(module, x))
                 amax = _channel_amax(x.detach(), channel_dim(module, x.dim()))
-                largest = self._input_amax.get(module)
-                self._input_amax[module] = amax if largest is None else torch.maximum(largest, amax)
+                held_out = self._runs % 2 == 1
+                for ranges in (self._input_amax,) if held_out else (self._input_amax, self._known_amax):
+                    ranges[module] = torch.maximum(ranges[module], amax) if module in ranges else amax
+                samples = self._samples[module]
+                # the first one is for layers that no batch reaches which is held out
+                if sum(s.held_out for s in samples) < BATCHES if held_out else not samples:
+                    samples.append(Sample(sample(module, x), held_out))
 
     def rescale(self, alpha: Alpha = 0.5) -> nn.Module:
         """Rescale with the statistics collected so far, over all ranks; :attr:`groups` then says what was done.
@@ -162,6 +169,8 @@ class RescalingCalibrator:
                 from patterns on names of layers to numbers (``{"*": 0.5, "*.fc1": 0.8}``, the last match wins); or ``"auto"``:
                 for each group the one of 0, 0.05 ... 1 with the least squared error at the layers' outputs, on a few inputs of
                 the batches collected; groups stay as they are where that gains nothing, or too little to pay for a multiply.
+                Every other batch is held out of the ranges that alpha is found with, and gives the inputs: with a great alpha no
+                channel has room left for values beyond those that were seen.
 
         Returns:
             The rescaled model: ``model`` itself if ``inplace``, else the copy.
@@ -187,12 +196,16 @@ class RescalingCalibrator:
         """Merge the ranges of all ranks; complain on each where data was not finite."""
         calibrators = {m: MaxCalibrator(axis=0).to(input_weight(m).device) for m in self._layers}
         for module, amax in self._input_amax.items():
-            calibrators[module].collect(amax.unsqueeze(1))
+            known = self._known_amax.get(module, torch.zeros_like(amax))
+            calibrators[module].collect(torch.cat([amax, known]).unsqueeze(1))
         broken = [self._names[m] for m, c in calibrators.items() if c.collected and not c.finite]
         error = f"NaN or Inf in the input of {', '.join(broken[:5])}: look for bad samples." if broken else None
         sync_calibrators(list(calibrators.values()), error)
         found = {module: calibrator.compute_amax() for module, calibrator in calibrators.items()}
-        self._input_amax = {module: amax.flatten() for module, amax in found.items() if amax is not None}
+        both = {module: amax.flatten().chunk(2) for module, amax in found.items() if amax is not None}
+        self._input_amax = {module: amax for module, (amax, _) in both.items()}
+        # where only batches that are held out reach a layer, nothing else is known of it
+        self._known_amax = {module: known if known.any() else amax for module, (amax, known) in both.items()}
 
     def _agreed_groups(self) -> list[Group]:
         """The groups that the first rank with a batch found: ranks whose batches took other paths do as it does."""
@@ -237,7 +250,7 @@ class RescalingCalibrator:
         if not isinstance(alpha, str):
             return [float(alpha)] * len(groups)
         with evaluating(self.model), unquantized(self.model), without_factors(self._layers):
-            return search_alphas(groups, self._input_amax, self._samples)
+            return search_alphas(groups, self._known_amax, {m: held_out(samples) for m, samples in self._samples.items()})
 
     @torch.no_grad()
     def _rescale_group(self, group: Group, alpha: float) -> RescaledGroup:

@@ -69,6 +69,23 @@ def test_the_range_is_that_of_all_batches_though_the_samples_are_few():
     assert errors[of_samples.index(min(of_samples))] > min(errors) * 1.001
 
 
+def test_alpha_is_found_on_batches_that_its_ranges_do_not_know():
+    model, first, second = model_of(nn.Identity(), nn.Linear(8, 6, bias=False)), outliers(), outliers().flip(0)
+    second[::8] *= 2  # beyond what the channels had in the first batch
+    calibrator = lq.RescalingCalibrator(model)
+    for x in (first, second):
+        calibrator(x)
+    calibrator.rescale("auto")
+    (group,) = calibrator.groups
+    weight, x = model[1].weight.detach().double().numpy(), second.double().numpy()
+    errors, blind = ([error(x, weight, a, 8, peaks) for a in GRID] for peaks in (np.abs(first.double().numpy()).max(0), None))
+    assert errors[GRID.index(group.alpha)] <= min(errors) * 1.001
+    assert errors[blind.index(min(blind))] > min(errors) * 1.001
+    # the factors themselves know all batches
+    factors = lq.functional.smooth.smooth_factors(second.abs().amax(0), model[1].weight.detach().abs().amax(0), group.alpha)
+    assert group.input_amax[1] == pytest.approx((second.abs().amax(0) / factors).max().item())
+
+
 def test_groups_that_share_a_layer_are_looked_at_together():
     """Either half of the channels alone gains nothing, because the other stays loud."""
 

@@ -63,6 +63,7 @@ class Quantize(KeepsWeights):
             it is never worse than the calibrated one. :attr:`kept` says which it was. Each checkpoint has the best one so far.
         monitor: metric of the validation that decides; by default that of the fit's ModelCheckpoint or EarlyStopping.
         mode: whether ``"min"`` or ``"max"`` is good; likewise.
+        fine_tune: ``False`` ends the fit before its first step: the model is calibrated and rescaled, and nothing is trained.
         dirpath: folder to leave the calibrated model in, as ``calibrated.ckpt``, and what calibration collected, as
             ``statistics.safetensors`` (:func:`lq.calib.save_statistics`): ``lq recalibrate`` tries other methods on them.
         recompute: train in the memory of float training, a little slower (:func:`lq.nn.recompute_`).
@@ -97,6 +98,7 @@ class Quantize(KeepsWeights):
         keep_best: bool = False,
         monitor: str | None = None,
         mode: str | None = None,
+        fine_tune: bool = True,
         dirpath: str | Path | None = None,
         recompute: bool = False,
     ) -> None:
@@ -115,7 +117,8 @@ class Quantize(KeepsWeights):
         self.rules, self.target, self.method, self.method_options = rules, target, method, method_options or {}
         self.batches, self.alpha, self.excluded_modules = batches, alpha, excluded_modules
         self.validate_stages, self.dirpath = stages, dirpath
-        self.keep_best, self.monitor, self.mode, self.recompute = keep_best, monitor, mode, recompute
+        self.keep_best, self.monitor, self.mode = keep_best, monitor, mode
+        self.fine_tune, self.recompute = fine_tune, recompute
         self._best: Best | None = None
         self._restored: dict[str, Any] = {}
         self.corrections = list(corrections)
@@ -147,6 +150,8 @@ class Quantize(KeepsWeights):
         await_learned_(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.fine_tune:
+            self._end_before_the_first_step(trainer)
         self._look_for_best(trainer)
         pending = {name for name, quantizer in named_quantizers(pl_module) if quantizer.amax is None}
         if not pending:
@@ -161,6 +166,12 @@ class Quantize(KeepsWeights):
                 if name in pending:
                     quantizer.amax = None
             raise
+
+    def _end_before_the_first_step(self, trainer: Trainer) -> None:
+        least = {"min_epochs": trainer.min_epochs, "min_steps": trainer.min_steps}
+        if asked := ", ".join(f"{name}={value}" for name, value in least.items() if value):
+            raise MisconfigurationException(f"`fine_tune` is False, and the Trainer has {asked}: leave one of them out.")
+        trainer.should_stop = True
 
     def _look_for_best(self, trainer: Trainer) -> None:
         if not self.keep_best:
@@ -223,8 +234,10 @@ class Quantize(KeepsWeights):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._validate(trainer, pl_module, "qat")
-        if self._best is not None and self._best.stage != "qat":
+        if self.fine_tune:
+            self._validate(trainer, pl_module, "qat")
+        last = next(reversed(self.stages), "")
+        if self._best is not None and self._best.stage not in ("", last):
             self.kept = self._best.stage
             self._best.restore(pl_module)
             rank_zero_info(f"Kept the model of `{self.kept}`: {self._best.monitor} {self._best.value:.4f}.")

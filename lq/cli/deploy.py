@@ -31,6 +31,9 @@ from lq.export import (
 )
 from lq.nn.evaluating import evaluating
 
+# What the first output can be: what has an argmax, or what has a cosine.
+OUTPUTS = ("classes", "embeddings")
+
 
 @dataclass(frozen=True)
 class Deployment:
@@ -40,6 +43,7 @@ class Deployment:
     quantized: Deployed
     engines: list[Deployed]
     verification: Verification | None
+    outputs: str
     layout: TreeSpec
     conditions: str
 
@@ -47,21 +51,30 @@ class Deployment:
         """What the report says about the agreement."""
         if self.verification is None:
             return {}
-        notes = _agreement("ONNX Runtime", self.verification.onnxruntime)
+        notes = self._agreement("ONNX Runtime", self.verification.onnxruntime)
         if self.verification.tensorrt is not None:
-            notes |= _agreement("TensorRT", self.verification.tensorrt)
+            notes |= self._agreement("TensorRT", self.verification.tensorrt)
         return {**notes, "latency": self.conditions}
 
+    def figures(self) -> dict[str, Any]:
+        """What ``metrics.json`` says about it."""
+        if self.verification is None:
+            return {}
+        found = self.verification.onnxruntime
+        if self.outputs == "embeddings":
+            return {"least_cosine": found.least_cosine}
+        return {"agreement": found.agreement, "worst_disagreement_steps": found.worst_disagreement_steps}
 
-def _agreement(name: str, found: RuntimeDifference) -> dict[str, str]:
-    output = found.outputs[0]
-    steps = f" ({output.max_steps:.3g} quantization steps)"
-    apart = f"; {found.disagreements} disagree, at most {found.worst_disagreement_steps:.3g} steps apart"
-    return {
-        f"agreement with {name}": f"{100 * found.agreement:.2f} % of {found.predictions.numel()} predictions"
-        + apart * (found.disagreements > 0),
-        f"largest difference, {name}": f"{output.max_abs:.3g} at the output" + steps * (not math.isnan(output.step)),
-    }
+    def _agreement(self, name: str, found: RuntimeDifference) -> dict[str, str]:
+        assert self.verification is not None
+        output, count = found.outputs[0], found.predictions.numel()
+        steps = f" ({output.max_steps:.3g} quantization steps)"
+        apart = f"; {found.disagreements} disagree, at most {found.worst_disagreement_steps:.3g} steps apart"
+        agreement = f"{100 * found.agreement:.2f} % of {count} predictions" + apart * (found.disagreements > 0)
+        if self.outputs == "embeddings":
+            agreement = f"cosine at least {found.least_cosine:.6f}, of {self.verification.samples} embeddings"
+        largest = f"{output.max_abs:.3g} at the output" + steps * (not math.isnan(output.step))
+        return {f"agreement with {name}": agreement, f"largest difference, {name}": largest}
 
 
 def deploy(
@@ -99,7 +112,7 @@ def deploy(
         f"ONNX Runtime {version('onnxruntime')} on this CPU, batch {min(size, len(batches[0][0]))}; the graph is laid out for "
         f"{target}" + " (export.target=onnxruntime suits this one)" * (target != "onnxruntime")
     )
-    return Deployment(deployed["float"], deployed[cfg.quant.name], engines, verification, layout, conditions)
+    return Deployment(deployed["float"], deployed[cfg.quant.name], engines, verification, cfg.export.outputs, layout, conditions)
 
 
 def graph_options(cfg: DictConfig) -> dict[str, Any]:

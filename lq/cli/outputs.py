@@ -47,9 +47,7 @@ def write_metrics(report: Report, deployment: Deployment | None, folder: Path) -
     metrics: dict[str, Any] = {f"{s.name}/{name}": value for s in report.stages for name, value in s.metrics.items()}
     for graph in report.deployed:
         metrics |= {f"{graph.name}/bytes": graph.bytes, f"{graph.name}/latency_ms": graph.latency_ms}
-    if deployment is not None and deployment.verification is not None:
-        metrics["agreement"] = deployment.verification.onnxruntime.agreement
-        metrics["worst_disagreement_steps"] = deployment.verification.onnxruntime.worst_disagreement_steps
+    metrics |= {} if deployment is None else deployment.figures()
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 

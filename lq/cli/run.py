@@ -17,7 +17,7 @@ from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
 from lq.callbacks import Quantize
 from lq.checkpoint import Original, original, read_checkpoint
-from lq.cli.deploy import Deployment, deploy, inputs, validate_onnx
+from lq.cli.deploy import OUTPUTS, Deployment, deploy, inputs, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
 from lq.cli.ptq import check_ptq, run_ptq
 from lq.export import require_tensorrt
@@ -55,11 +55,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         return run_ptq(cfg, ptq, model, data, folder, console)
     float_model = copy.deepcopy(model)
 
-    console.rule("Calibration, rescaling, quantization-aware training")
+    epochs = qat_epochs(cfg)
+    quantize.fine_tune = epochs > 0
+    console.rule("Calibration, rescaling" + ", quantization-aware training" * quantize.fine_tune)
     loggers = list(instantiate(cfg.logger).values())
     # LearningRateMonitor refuses to be without a logger
     used = [c for c in callbacks.values() if loggers or not isinstance(c, LearningRateMonitor)]
-    trainer: Trainer = instantiate(cfg.trainer, max_epochs=qat_epochs(cfg), callbacks=used, logger=loggers)
+    trainer: Trainer = instantiate(cfg.trainer, max_epochs=max(1, epochs), callbacks=used, logger=loggers)
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(folder / "checkpoints" / f"{cfg.quant.name}.ckpt")
     with console.status("Exporting, verifying and timing the graphs"):
@@ -120,8 +122,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
     quantize = callbacks.get("quantize")
     if not isinstance(quantize, Quantize):
         raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
-    if cfg.schedule.epochs is not None and cfg.schedule.epochs < 1:
-        raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: calibration is part of the fit, give at least 1.")
+    if cfg.schedule.epochs is not None and cfg.schedule.epochs < 0:
+        raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: give at least 0, which calibrates and trains nothing.")
     if cfg.export.batches is not None and cfg.export.batches < 1:
         raise ValueError(f"`export.batches` is {cfg.export.batches}: give at least 1, or null for all validation batches.")
     if not is_overridden("validation_step", model) or not is_overridden("val_dataloader", data):
@@ -136,6 +138,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
     quantized = quantize_(copy.deepcopy(model), quantize.rules, target=quantize.target)
     if cfg.export.format not in (None, "onnx"):
         raise ValueError(f"`export.format` is {cfg.export.format!r}: choose onnx or null.")
+    if cfg.export.outputs not in OUTPUTS:
+        raise ValueError(f"`export.outputs` is {cfg.export.outputs!r}: choose {' or '.join(OUTPUTS)}.")
     if cfg.quant.name == "float":
         raise ValueError("`quant.name` is 'float', which is what the float graph is called: choose another.")
     if cfg.export.format is not None:
@@ -155,7 +159,7 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
 
 
 def qat_epochs(cfg: DictConfig) -> int:
-    """How long to fine-tune: as the schedule says, or a tenth of the float training."""
+    """How long to fine-tune: as the schedule says, or a tenth of the float training; 0 is not at all."""
     if cfg.schedule.epochs is not None:
         return int(cfg.schedule.epochs)
     return (Original(cfg.float_epochs, []) if cfg.ckpt_path is None else original(cfg.ckpt_path)).share()

@@ -70,5 +70,6 @@ def _figures(runtime: RuntimeDifference) -> dict[str, Any]:
         "agreement": runtime.agreement,
         "disagreements": runtime.disagreements,
         "worst_disagreement_steps": runtime.worst_disagreement_steps,
+        "least_cosine": runtime.least_cosine,
         "outputs": [asdict(o) | {"max_steps": o.max_steps, "mean_steps": o.mean_steps} for o in runtime.outputs],
     }

@@ -56,6 +56,8 @@ class RuntimeDifference:
         disagreements: number of unequal ones.
         worst_disagreement_steps: largest difference, in steps, in the rows whose predictions are unequal; 0 if there are none,
             NaN if there are no steps.
+        least_cosine: the least cosine, over samples, of the first output to that of torch: of embeddings it says what predictions
+            say of classes.
         predictions: int64, ``(samples,)``, or ``(samples, *rest)`` where the first output has more axes.
     """
 
@@ -64,6 +66,7 @@ class RuntimeDifference:
     agreement: float
     disagreements: int
     worst_disagreement_steps: float
+    least_cosine: float
     predictions: Tensor = field(repr=False)
 
 
@@ -77,6 +80,7 @@ class Totals:
     largest: list[float] = field(default_factory=list)
     worst: float = 0.0
     unequal: int = 0
+    cosine: float = 1.0
     predictions: list[Tensor] = field(default_factory=list)
 
     def add(self, runtime: str, expected: list[Tensor], actual: tuple[Tensor, ...]) -> None:
@@ -95,6 +99,7 @@ class Totals:
         self.largest = [
             max(m, float(d.max()) if d.numel() else 0.0) for m, d in zip(self.largest or zeros, differences, strict=True)
         ]
+        self.cosine = min(self.cosine, least_cosine(expected[0], actual[0]))
         first, second = (predict(outputs[0], self.class_axis) for outputs in (expected, actual))
         self._compare(first, second, _by_row(differences[0]))
 
@@ -115,6 +120,7 @@ class Totals:
             agreement=1 - self.unequal / max(predictions.numel(), 1),
             disagreements=self.unequal,
             worst_disagreement_steps=self.worst / steps[0] if self.unequal else 0.0,
+            least_cosine=self.cosine,
             predictions=predictions,
         )
 
@@ -123,6 +129,17 @@ def _apart(expected: Tensor, actual: Tensor) -> Tensor:
     """Absolute differences; infinite where only one is NaN or infinite, or both are and differ."""
     same = (expected == actual) | (expected.isnan() & actual.isnan())
     return (actual - expected).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0)
+
+
+def least_cosine(expected: Tensor, actual: Tensor) -> float:
+    """The least cosine of a sample to its counterpart; 1 where both are zero, or there is none.
+
+    >>> least_cosine(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
+    0.7071067811865475
+    """
+    a, b = (_by_row(x).flatten(1).double() for x in (expected, actual))
+    cosines = torch.cosine_similarity(a, b, dim=1).masked_fill((a == b).all(dim=1), 1.0)
+    return float(cosines.min()) if len(cosines) else 1.0
 
 
 def predict(output: Tensor, class_axis: int = 1) -> Tensor:

@@ -83,6 +83,32 @@ def test_the_best_model_so_far_survives_a_resume(tmp_path):
     assert val_loss(run, model) == pytest.approx(quantize.stages[quantize.kept]["val_loss"])
 
 
+def test_without_fine_tuning_nothing_is_trained(tmp_path):
+    model = Tiny()
+    before = copy.deepcopy(model.state_dict())
+    quantize = Quantize(fine_tune=False, alpha=None)
+    fit(tmp_path, model=model, quantize=quantize)
+    assert list(quantize.stages) == ["float", "calibrated"]
+    assert not model.trained_on
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(quantizer.amax is not None for _, quantizer in lq.named_quantizers(model))
+
+
+def test_without_fine_tuning_the_best_stage_is_kept(tmp_path):
+    kept = {}
+    for mode in ("min", "max"):
+        model, quantize, run = fit(tmp_path, quantize=Quantize(fine_tune=False, keep_best=True, monitor="val_loss", mode=mode))
+        kept[mode] = quantize.kept or "rescaled"
+        assert val_loss(run, model) == pytest.approx(quantize.stages[kept[mode]]["val_loss"])
+    assert set(kept.values()) == {"calibrated", "rescaled"}
+
+
+@pytest.mark.parametrize("least", [{"min_epochs": 1}, {"min_steps": 3}])
+def test_no_fine_tuning_and_a_least_length_contradict_each_other(tmp_path, least):
+    with pytest.raises(MisconfigurationException, match=f"`fine_tune` is False, and the Trainer has .*{next(iter(least))}="):
+        fit(tmp_path, quantize=Quantize(fine_tune=False), **least)
+
+
 def test_the_calibrated_model_comes_back_without_the_factors_that_came_later():
     model, x = Tiny(batchnorm=False).eval(), torch.randn(16, 6) * torch.tensor([1, 40, 1, 1, 1, 1.0])
     lq.quantize_(model)

