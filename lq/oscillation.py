@@ -77,7 +77,8 @@ def damp_(model: nn.Module, strength: float, parameters: Iterable[Tensor] | None
 class Oscillations:
     """Follows the codes of a model's weights from step to step, and freezes those that oscillate.
 
-    A frozen weight keeps its code: after each step it stands at the centre of its bin, wherever the scale went.
+    A frozen weight keeps its code: after each step it stands at the centre of its bin, wherever the scale went. (With
+    ``normalize`` at the centre that it had before: what is written changes the spread, and with it the scale, a little.)
 
     Args:
         model: calibrated.

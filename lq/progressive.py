@@ -38,7 +38,7 @@ def changing_widths(model: M, widths: Mapping[str, int], method: str = "mse") ->
     Progressive quantization (Zhuang et al., 2018, arXiv:1711.00205): a network of fewer bits starts from one of more. A learned
     step starts anew from amax, in the parameter that the optimizer has. Inside, the model is in evaluation and computes no
     gradients, and quantizes as before; statistics are those of all ranks. Quantizers that are frozen, affine, or saw nothing keep
-    their amax.
+    their amax, as do those whose descriptor gives it and those with a learned clip.
 
     Args:
         model: calibrated.
@@ -57,9 +57,7 @@ def changing_widths(model: M, widths: Mapping[str, int], method: str = "mse") ->
     (3, tensor(True))
     """
     chosen = {n: q for n, q in named_quantizers(model) if n in widths and q.num_bits != widths[n]}
-    moving = {
-        n: q for n, q in chosen.items() if not q.frozen and not q.quant_desc.affine and q.amax is not None and q.clip is None
-    }
+    moving = {name: quantizer for name, quantizer in chosen.items() if _moves(quantizer)}
     calibrators = {name: _calibrator(quantizer, widths[name]) for name, quantizer in moving.items()}
     weights = {m.quantizers()[role]: w for m in model.modules() if isinstance(m, QuantModule) for role, w in m.weights().items()}
     with ExitStack() as hooks:
@@ -78,6 +76,12 @@ def changing_widths(model: M, widths: Mapping[str, int], method: str = "mse") ->
     for name, amax in amaxs.items():
         if amax is not None:
             moving[name].amax = amax
+
+
+def _moves(quantizer: TensorQuantizer) -> bool:
+    """Whether amax is the method's to choose."""
+    given = quantizer.frozen or quantizer.quant_desc.amax is not None or quantizer.clip is not None
+    return not given and not quantizer.quant_desc.affine and quantizer.amax is not None
 
 
 def _calibrator(quantizer: TensorQuantizer, bits: int) -> HistogramCalibrator:

@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lq.callbacks.building import averages
+from lq.callbacks.building import all_callbacks, averages
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.freeze import ScaleFreeze
 from lq.corrections import batchnorms, reestimating_batchnorm
@@ -49,13 +49,12 @@ class ReestimateBatchNorm(Callback):
         self._norms = batchnorms(pl_module)
         if not self._norms:
             raise MisconfigurationException(f"{type(pl_module).__name__} has no BatchNorm to estimate: set `batches` to 0.")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            for part in getattr(callback, "parts", [callback]):
-                if isinstance(part, ScaleFreeze) and part.batchnorm and part.freeze_after is not None:
-                    raise MisconfigurationException(
-                        "ScaleFreeze freezes BatchNorm statistics, and ReestimateBatchNorm estimates them anew: give it "
-                        "`batchnorm=False` (`schedule.freeze_batchnorm=false`), or leave one out."
-                    )
+        for callback in all_callbacks(trainer):
+            if isinstance(callback, ScaleFreeze) and callback.batchnorm and callback.freeze_after is not None:
+                raise MisconfigurationException(
+                    "ScaleFreeze freezes BatchNorm statistics, and ReestimateBatchNorm estimates them anew: give it "
+                    "`batchnorm=False` (`schedule.freeze_batchnorm=false`), or leave one out."
+                )
         if averages(trainer):
             raise MisconfigurationException("WeightAveraging validates weights with statistics of its own: leave one out.")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -37,6 +37,12 @@ def check_strategy(trainer: Trainer) -> None:
             "The strategy trains in processes of its own, and the module in this one stays in float: read the quantized one from "
             "a checkpoint of the fit, with `lq.load_quantized`, or use 'ddp'."
         )
+
+
+def all_callbacks(trainer: Trainer) -> Iterator[Callback]:
+    """The trainer's callbacks, those that are made of parts taken apart."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield from getattr(callback, "parts", [callback])
 
 
 def averages(trainer: Trainer) -> list[WeightAveraging]:

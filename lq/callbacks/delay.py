@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from lq.callbacks.adding import add_to_loss_
 from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
-from lq.nn import QuantModule, TensorQuantizer
+from lq.nn import TensorQuantizer
+from lq.nn.reuse import weight_quantizers
 from lq.schedule import Length, to_steps
 from lq.surgery import named_quantizers
 
@@ -46,7 +47,7 @@ class QuantDelay(Callback):
         inputs, weights = (step_of(trainer) < until for until in self._until)
         if not inputs and not weights:
             return
-        of_weights = {m.quantizers()[role] for m in pl_module.modules() if isinstance(m, QuantModule) for role in m.weights()}
+        of_weights = set(weight_quantizers(pl_module))
         for _, quantizer in named_quantizers(pl_module):
             if quantizer._if_quant and (weights if quantizer in of_weights else inputs):
                 quantizer.disable_quant()

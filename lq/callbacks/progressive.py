@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lq.callbacks.building import all_callbacks
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.oscillation import SettleWeights
 from lq.callbacks.quantize import Quantize
@@ -47,7 +48,7 @@ class ProgressiveBits(Callback):
         widths = list(self.bits.values())
         if not all(isinstance(width, int) and 2 <= width <= 8 for width in widths) or sorted(widths, reverse=True) != widths:
             raise ValueError(f"`bits` is {dict(bits or {})}: give widths from 8 down to 2, in the order of their lengths.")
-        if self.bits and to_steps(next(iter(self.bits)), 1, "bits", 1) != 0:
+        if self.bits and str(next(iter(self.bits))).split()[0] not in ("0", "0.0"):
             raise ValueError(f"`bits` is {dict(bits or {})}: the first stage begins at 0.")
         for start in self.bits:
             to_steps(start, 1, "bits", 1)
@@ -82,7 +83,7 @@ class ProgressiveBits(Callback):
                 "with more bits than the descriptors say."
             )
         self._stages = list(zip(starts, self.bits.values(), strict=True))
-        for callback in _all(trainer):
+        for callback in all_callbacks(trainer):
             if starts and isinstance(callback, SettleWeights) and callback.freeze is not None:
                 after = to_steps(callback.after, total, "after", per_epoch) or 0
                 if after < starts[-1]:
@@ -109,8 +110,9 @@ class ProgressiveBits(Callback):
         self._stages = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # a checkpoint may be written after this, of the width that there was
         set_widths_(pl_module, self._own)
-        self._stages, self._width = [], None
+        self._stages = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"width": self._width}
@@ -128,12 +130,8 @@ class ProgressiveBits(Callback):
                 f"`bits` ends with {last}, and `{wider[0]}` has {self._own[wider[0]]} ({len(wider)} quantizers are narrower): "
                 "end with the least width of the descriptors."
             )
-        if any(isinstance(callback, Quantize) and callback.keep_best for callback in _all(trainer)):
+        if any(isinstance(callback, Quantize) and callback.keep_best for callback in all_callbacks(trainer)):
             raise MisconfigurationException("`keep_best` is True, and would keep a model of an earlier stage, with more bits.")
-
-
-def _all(trainer: Trainer) -> list[Callback]:
-    return [part for c in trainer.callbacks for part in getattr(c, "parts", [c])]  # type: ignore[attr-defined]
 
 
 def _length(start: Any) -> Length:

@@ -36,7 +36,7 @@ def _fake_quant_affine(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> T
 
 
 def _affine_kernel(x: Tensor, low: Tensor, high: Tensor, num_bits: int) -> Tensor:
-    real = fused.rounded(x, low, high, 0, 2**num_bits - 1, None) if low.shape == high.shape else None
+    real = fused.rounded(x, low, high, 0, 2**num_bits - 1, None)
     return _fake_quant_affine(x, low, high, num_bits) if real is None else real
 
 

@@ -18,7 +18,7 @@ from lq.functional.grid import Bits
 # Numbers below this are rounded by an addition in float32.
 LARGEST_CODE = 2**22
 
-_failed: set[str] = set()
+_failed: set[tuple[str, torch.device]] = set()
 
 
 @cache
@@ -53,25 +53,27 @@ def inner_size(x: Tensor, bound: Tensor) -> int | None:
     return x.numel() // x.shape[0] if outermost else None
 
 
-def _usable(x: Tensor, bound: Tensor) -> int | None:
-    """:func:`inner_size`, if there are kernels for ``x``."""
-    if not x.is_cuda or x.dtype == torch.float64 or _kernels() is None:
+def _usable(x: Tensor, high: Tensor, low: Tensor | None = None) -> int | None:
+    """:func:`inner_size` of the bounds, if there are kernels for ``x``; both bounds lie in memory alike."""
+    if not x.is_cuda or x.dtype == torch.float64 or high.device != x.device or _kernels() is None:
         return None
-    return inner_size(x, bound)
+    if low is not None and (low.shape != high.shape or low.device != x.device or not low.is_contiguous()):
+        return None
+    return inner_size(x, high)
 
 
 def _launch(name: str, x: Tensor, *args: Any) -> Any:
-    """What the kernel returns, or ``None``, now and ever after, where it cannot be had."""
-    if name in _failed:
+    """What the kernel returns, or ``None``, now and ever after on this device, where it cannot be had."""
+    if (name, x.device) in _failed:
         return None
     launch: Callable[..., Any] = getattr(_kernels(), name)
     try:
         with torch.cuda.device(x.device):
             return launch(*args)
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, TypeError, AttributeError):
+        raise  # a mistake, which is no reason to go another way
     except Exception as error:
-        _failed.add(name)
+        _failed.add((name, x.device))
         warnings.warn(
             f"Triton cannot run `{name}` on {torch.cuda.get_device_name(x.device)} ({type(error).__name__}: {error}): "
             "torch's own operators take over, in several passes.",
@@ -82,7 +84,7 @@ def _launch(name: str, x: Tensor, *args: Any) -> Any:
 
 def rounded(x: Tensor, low: Tensor, high: Tensor, lowest: float, highest: float, bits: Bits | None) -> Tensor | None:
     """``x`` on integers from ``lowest`` to ``highest``, a float format, or (no ``bits``) an affine grid of ``highest`` steps."""
-    inner = _usable(x, high)
+    inner = _usable(x, high, low)
     if inner is None or (highest > LARGEST_CODE and not isinstance(bits, tuple)):
         return None
     kernels: Any = _kernels()
@@ -93,7 +95,7 @@ def rounded(x: Tensor, low: Tensor, high: Tensor, lowest: float, highest: float,
 
 def masked(grad: Tensor, x: Tensor, low: Tensor | None, high: Tensor, ratio: float = 0.0) -> Tensor | None:
     """``grad`` where ``low <= x <= high``, else 0; without ``low`` it is ``ratio * high``."""
-    inner = _usable(x, high)
+    inner = _usable(x, high, low)
     if inner is None or grad.stride() != x.stride():
         return None
     result: Tensor | None = _launch("mask", x, grad, x, low, high, ratio, inner)

@@ -25,7 +25,7 @@ class _QuantConv(QuantMixin):
     def forward(self, input: Tensor) -> Tensor:
         if self.input_quantizer.pre_quant_shift is not None and self.padding_mode == "zeros":
             return self._forward_padded(F.pad(input, self._reversed_padding_repeated_twice))
-        return self.on_quantized(lambda x, weight: self._conv_forward(x, weight, self.bias), input)
+        return self.on_quantized(lambda x, weight: self._conv_forward(x, weight, self.bias), input, self.weight)
 
     def _forward_padded(self, input: Tensor) -> Tensor:
         """Convolve what has its padding already: the zeros are shifted with the rest."""
@@ -66,7 +66,7 @@ class _QuantConvTranspose(QuantMixin):
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         geometry = (self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
-        return self.on_quantized(lambda x, weight: convolve(x, weight, *geometry), input)
+        return self.on_quantized(lambda x, weight: convolve(x, weight, *geometry), input, self.weight)
 
 
 @register(nn.ConvTranspose1d)

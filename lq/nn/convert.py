@@ -53,5 +53,6 @@ def to_float_(module: nn.Module) -> nn.Module:
     float_class = float_class_of(module)
     for role in module.quantizers():
         delattr(module, f"{role}_quantizer")
+    module.__dict__.pop("recompute", None)
     module.__class__ = float_class  # type: ignore[assignment]
     return module

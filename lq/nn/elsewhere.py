@@ -20,7 +20,7 @@ class QuantTransposedLinear(QuantMixin):
         return {"weight": self.weight.mT}
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.input_quantizer(x), self.weight_quantizer(self.weight.mT), self.bias)
+        return self.on_quantized(lambda x, weight: nn.functional.linear(x, weight, self.bias), x, self.weight.mT)
 
 
 ELSEWHERE: dict[str, type[QuantMixin]] = {"transformers.pytorch_utils.Conv1D": QuantTransposedLinear}

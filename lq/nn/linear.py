@@ -15,4 +15,4 @@ class QuantLinear(QuantMixin, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.on_quantized(lambda x, weight: F.linear(x, weight, self.bias), input)
+        return self.on_quantized(lambda x, weight: F.linear(x, weight, self.bias), input, self.weight)

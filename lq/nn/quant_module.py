@@ -161,13 +161,13 @@ class QuantMixin(QuantInputMixin):
         super().init_quantizer(quant_desc_input)
         self.make_quantizers(quant_desc_weight, "weight")
 
-    def on_quantized(self, operation: Callable[[Tensor, Tensor], Tensor], input: Tensor) -> Tensor:
+    def on_quantized(self, operation: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight: Tensor) -> Tensor:
         """``operation`` of the quantized input and the quantized weight."""
-        x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
+        x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         if not self.recompute:
-            return operation(x, weight)
-        with keeping_less((self.input_quantizer, input, x), (self.weight_quantizer, self.weight, weight)):
-            return operation(x, weight)
+            return operation(x, w)
+        with keeping_less((self.input_quantizer, input, x), (self.weight_quantizer, weight, w)):
+            return operation(x, w)
 
 
 def pop_quant_desc_in_kwargs(quant_cls: type[QuantModule], input_only: bool = False, **kwargs: Any) -> Any:

@@ -23,8 +23,10 @@ def recompute_(model: M, enabled: bool = True) -> M:
     when gradients are computed (Chen et al., 2016, arXiv:1604.06174, for a single cheap operation): the memory of float
     training, for another pass over the tensor.
 
-    ``torch.compile`` decides for itself. Both are kept where amax is learned or taken from each input, for affine and block-wise
-    grids, for normalized weights, for inserted factors, and while statistics are collected.
+    ``torch.compile`` decides for itself, and so does whoever looks after saved tensors outside (``torch.utils.checkpoint``). Both
+    are kept where amax is learned or taken from each input, for affine and block-wise grids, for normalized weights, for inserted
+    factors, for quantizers with hooks, and while statistics are collected; under autocast a layer keeps its own cast of what was
+    quantized.
 
     Args:
         model: quantized.
@@ -60,13 +62,17 @@ class _Again:
         self.x, self.amax, self.grid, self.versions = x, amax, grid, (x._version, amax._version)
 
     def __call__(self) -> Tensor:
-        if (self.x._version, self.amax._version) != self.versions:
-            raise RuntimeError(
-                "An input of a quantized layer, or its amax, was changed in place between forward and backward, where it is "
-                "rounded again: turn `recompute` off, or change a copy."
-            )
+        _check((self.x._version, self.amax._version), self.versions)
         with torch.no_grad():
             return fake_quant(self.x, self.amax, *self.grid)
+
+
+def _check(versions: Any, before: Any) -> None:
+    if versions != before:
+        raise RuntimeError(
+            "What a quantized layer took, or its amax, was changed in place between forward and backward, which needs it as it "
+            "was: change a copy."
+        )
 
 
 def keeping_less(*tensors: "tuple[TensorQuantizer, Tensor, Tensor]") -> AbstractContextManager[Any]:
@@ -77,22 +83,29 @@ def keeping_less(*tensors: "tuple[TensorQuantizer, Tensor, Tensor]") -> Abstract
     """
     made = [_made(*each) for each in tensors if _is_made_again(*each[1:])]
     agains = {memory: again for memory, again in made if again is not None}
-    if not agains:
+    # only the innermost hooks are called, and those around have plans of their own
+    if not agains or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return nullcontext()
 
     def pack(saved: Tensor) -> Any:
         again = agains.get(_memory_of(saved))
-        return saved if again is None else (again, saved.shape, saved.stride())
+        return (saved, saved._version) if again is None else (again, saved.shape, saved.stride())
 
     def unpack(packed: Any) -> Tensor:
+        if isinstance(packed[0], Tensor):
+            # torch leaves that to whoever packs
+            _check(packed[0]._version, packed[1])
+            return packed[0]
         # matrix products keep a view, or a transpose, of what lies in memory as it did
-        return packed if isinstance(packed, Tensor) else packed[0]().as_strided(*packed[1:])
+        again: Tensor = packed[0]().as_strided(*packed[1:])
+        return again
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _is_made_again(x: Tensor, rounded: Tensor) -> bool:
-    return rounded is not x and torch.is_grad_enabled() and is_unobserved(x) and not in_pieces()
+    plain = is_unobserved(x) and not x.is_inference() and not in_pieces()
+    return plain and rounded is not x and torch.is_grad_enabled()
 
 
 def _made(quantizer: "TensorQuantizer", x: Tensor, rounded: Tensor) -> tuple[Any, _Again | None]:
@@ -112,5 +125,7 @@ def _rounding_of(quantizer: "TensorQuantizer") -> tuple[Tensor, tuple[Any, ...]]
     if amax is None or more or not quantizer.active or quantizer._if_calib or quantizer.clip is not None:
         return None
     if quantizer.pre_quant_scale is not None or quantizer.pre_quant_shift is not None:
+        return None
+    if quantizer._forward_hooks or quantizer._forward_pre_hooks:
         return None
     return quantizer._scaled(amax), (desc.num_bits, desc.unsigned, desc.narrow_range)

@@ -31,4 +31,4 @@ class Spread:
         if not self.quant_desc.normalize:
             return inputs
         centered, spread = self.centered(inputs)
-        return centered / spread.to(inputs.dtype)
+        return centered.float() / spread  # which half precision has no digits for

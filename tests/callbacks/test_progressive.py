@@ -5,6 +5,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 import lq
 from lq.callbacks import ExactResume, ProgressiveBits, Quantize, SettleWeights
@@ -52,6 +53,13 @@ def test_widths_come_down_in_the_parameters_that_the_optimizer_has(tmp_path):
     assert set(again.bits) == {(2, 2, 8)}
 
 
+def test_an_amax_that_the_descriptor_gives_stays():
+    model = lq.quantize_(nn.Sequential(nn.Linear(4, 2)), [lq.QuantRule("*", lq.QuantDescriptor(8, amax=6.0))])
+    with changing_widths(model, {"0.input": 4}):
+        model(torch.randn(8, 4))
+    assert (model[0].input_quantizer.num_bits, model[0].input_quantizer.amax) == (4, 6.0)
+
+
 def test_a_new_amax_is_that_of_a_calibration():
     torch.manual_seed(0)
     model = lq.quantize_(
@@ -85,10 +93,12 @@ class Fails(Callback):
         raise KeyError
 
 
-def test_after_an_error_widths_are_those_of_the_descriptors(tmp_path):
-    model = Tiny()
+def test_after_an_error_widths_are_those_of_the_descriptors_but_in_a_checkpoint_of_it(tmp_path):
+    model, saving = Tiny(), ModelCheckpoint(tmp_path, "on_error", save_on_exception=True)
     with pytest.raises(KeyError):
-        fit(tmp_path, Fails(), model=model)
+        fit(tmp_path, Fails(), saving, model=model, enable_checkpointing=True)
+    saved = next(tmp_path.glob("*exception*.ckpt"))
+    assert torch.load(saved, weights_only=True)["callbacks"]["ProgressiveBits"] == {"width": 4}
     assert widths_of(model) == {"net.0.input": 8, "net.0.weight": 8, "net.4.input": 2, "net.4.weight": 2}
 
 

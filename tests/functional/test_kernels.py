@@ -140,7 +140,7 @@ def test_what_fails_is_left_to_torch_with_a_warning(monkeypatch):
     monkeypatch.setattr(kernels, "mask", broken)
     monkeypatch.setattr(fused, "_failed", set())
     monkeypatch.setattr(fused, "_kernels", lambda: kernels)
-    monkeypatch.setattr(fused, "_usable", fused.inner_size)
+    monkeypatch.setattr(fused, "_usable", lambda x, high, low=None: fused.inner_size(x, high))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     x = torch.randn(5)
@@ -148,3 +148,14 @@ def test_what_fails_is_left_to_torch_with_a_warning(monkeypatch):
         assert fused.masked(x, x, None, torch.tensor(1.0)) is None
     assert fused.masked(x, x, None, torch.tensor(1.0)) is None  # and is not tried again
     torch.testing.assert_close(_within_amax(x, x, torch.tensor(1.0), False), torch.where(x.abs() <= 1, x, 0.0))
+
+
+@pytest.mark.parametrize(("low", "high"), [((), (4, 1)), ((4, 1), ()), ("expanded", (4, 1))])
+def test_bounds_that_lie_otherwise_are_left_to_torch(monkeypatch, low, high):
+    monkeypatch.setattr(fused, "_kernels", lambda: kernels)
+    x, high = torch.randn(4, 6, device=DEVICE), torch.ones(high, device=DEVICE)
+    low = (-torch.ones((), device=DEVICE)).expand(4, 1) if low == "expanded" else -torch.ones(low, device=DEVICE)
+    with mock.patch.object(torch.Tensor, "is_cuda", True):
+        assert fused.rounded(x, low, high, 0, 255, None) is None
+        assert fused.masked(x, x, low, high) is None
+        assert fused._usable(x, high) is not None

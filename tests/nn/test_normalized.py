@@ -180,7 +180,7 @@ def test_in_half_precision_and_of_nothing():
     quantizer = TensorQuantizer(lq.QuantDescriptor(4, axis=0, normalize=True))
     weight = torch.zeros(2, 8)
     weight[1] = torch.randn(8)
-    quantizer.collect(weight)
+    quantizer.collect(weight.half())
     quantizer.load_calib_amax()
     output = quantizer(weight.bfloat16())
     assert output.dtype == torch.bfloat16

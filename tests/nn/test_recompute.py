@@ -2,10 +2,13 @@
 
 import copy
 import weakref
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import lq
 from lq.nn import recompute_
@@ -45,11 +48,15 @@ def test_gradients_are_the_same(case):
 
 def rounded_and_alive(model, x):
     """How many quantizers' results are there after the forward, and the output that holds them."""
-    results = []
-    hooks = [q.register_forward_hook(lambda _, args, y: results.append(weakref.ref(y))) for _, q in lq.named_quantizers(model)]
-    y = model(x)
-    for hook in hooks:
-        hook.remove()
+    results, forward = [], lq.TensorQuantizer.forward
+
+    def watched(self, inputs):
+        y = forward(self, inputs)
+        results.append(weakref.ref(y))
+        return y
+
+    with mock.patch.object(lq.TensorQuantizer, "forward", watched):
+        y = model(x)
     return sum(result() is not None for result in results), y
 
 
@@ -97,9 +104,77 @@ def test_a_float_model_is_refused():
         recompute_(nn.Linear(2, 2))
 
 
-def test_autocast_and_compiled(case):
+@pytest.mark.parametrize("way", ["autocast", "compiled", "checkpointed", "after inference"])
+def test_goes_with(case, way):
     model, less, x = case
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(x), less(x))
-    compiled = torch.compile(less, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), model(x))
+    found = []
+    for network in (model, less):
+        given = x
+        if way == "after inference":
+            with torch.inference_mode():
+                given = x.clone()
+        run = torch.compile(network, fullgraph=True, backend="eager") if way == "compiled" else network
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            y = checkpoint(run, given, use_reentrant=False) if way == "checkpointed" else run(given)
+        y.float().square().sum().backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_checkpointing_keeps_what_it_keeps():
+    x = torch.randn(4, 8, requires_grad=True)
+    model = recompute_(quantized(nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))), x))
+    inputs = []
+    for layer in model:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    y = checkpoint(model, x, use_reentrant=False)
+    assert [given() is not None for given in inputs] == [True, False, False]
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+def test_hooks_of_a_quantizer_are_not_gone_round(kind):
+    x = torch.randn(3, 4)
+    model = quantized(nn.Linear(4, 4), x)
+    if kind == "hook":
+        model.input_quantizer.register_forward_hook(lambda _, args, y: 2 * y)
+    else:
+        model.input_quantizer.register_forward_pre_hook(lambda _, args: (0.5 * args[0],))
+    less = recompute_(copy.deepcopy(model))
+    for network in (model, less):
+        network(x).square().sum().backward()
+    assert torch.equal(model.weight.grad, less.weight.grad)
+
+
+class Dropped(nn.Module):
+    """A weight that is another one at each look."""
+
+    def forward(self, weight):
+        return nn.functional.dropout(weight)
+
+
+def test_a_computed_weight_is_looked_at_once():
+    x, found = torch.randn(3, 4, requires_grad=True), []
+    model = quantized(nn.Linear(4, 4), x)
+    parametrize.register_parametrization(model, "weight", Dropped())
+    for less in (False, True):
+        recompute_(model, less)
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad(model(x).square().sum(), x)[0])
+    assert torch.equal(*found)
+
+
+def test_a_float_weight_that_changes_is_an_error_as_ever():
+    x = torch.randn(3, 4)
+    model = recompute_(quantized(nn.Linear(4, 4), x, [lq.QuantRule("*", lq.QuantDescriptor(), None)]))
+    x = x.requires_grad_()
+    y = model(x)
+    with torch.no_grad():
+        model.weight.mul_(3)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_a_float_model_again_knows_nothing_of_it():
+    model = lq.dequantize_(recompute_(lq.quantize_(nn.Sequential(nn.Linear(2, 2)))))
+    assert not hasattr(model[0], "recompute")
