@@ -1,7 +1,7 @@
 """Top-1 of ResNet-20 with few bits: lq beside ModelOpt, Brevitas and torchao, on the same images, by the same training loop.
 
     python benchmarks/accuracy.py --data cifar10.zip --checkpoint resnet20.pt [--bits 8 4 3 2] [--tools lq modelopt ...]
-                                  [--epochs 5] [--rate 0.01] [--compile] [--seeds 0] [--device cuda] [--out rows.jsonl]
+                                  [--epochs 5] [--rate 0.01] [--compile] [--graph] [--seeds 0] [--device cuda] [--out rows.jsonl]
                                   [--limit-batches 3]
     python benchmarks/accuracy.py --table rows.jsonl ...
 
@@ -10,7 +10,8 @@ convolution and the classifier keep 8 bits (``peers.py`` says what each tool mak
 batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
 recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 0`` only calibrates, ``--rate`` is where the
-cosine starts. On a GPU forward and backward are captured in a CUDA graph, or else launching them takes longer than computing.
+cosine starts. With ``--graph``, on a GPU, forward and backward come out of a CUDA graph, as launching them one by one takes
+longer than computing; not every peer can be captured.
 
 Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
 where there are several seeds), and the seconds of an epoch against those of ``float``, if it is asked for. ``--out`` gets
@@ -107,15 +108,19 @@ def distilled(teacher: nn.Module) -> Loss:
     return loss
 
 
-def gradients(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> Callable[[Tensor, Tensor], None]:
-    """Forward and backward on batches like the one given: gradients are new ones each time."""
+def gradients(model: nn.Module, loss: Loss) -> Callable[[Tensor, Tensor], None]:
+    """Forward and backward on a batch: gradients are new ones each time."""
 
     def run(images: Tensor, classes: Tensor) -> None:
         model.zero_grad()
         loss(model, images, classes).backward()
 
-    if not images.is_cuda:
-        return run
+    return run
+
+
+def captured(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> Callable[[Tensor, Tensor], None]:
+    """:func:`gradients` on batches like the one given, out of a CUDA graph."""
+    run = gradients(model, loss)
     x, y, before = images.clone(), classes.clone(), [(buffer, buffer.clone()) for buffer in model.buffers()]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -125,13 +130,9 @@ def gradients(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> 
     torch.cuda.current_stream().wait_stream(side)
     model.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            loss(model, x, y).backward()
-    except RuntimeError as error:
-        print(f"No CUDA graph of it: {str(error).splitlines()[0]}", flush=True)
-        return run
-    finally:
+    with torch.cuda.graph(graph):
+        loss(model, x, y).backward()
+    with torch.no_grad():
         for buffer, value in before:  # BatchNorm has seen the batch
             buffer.copy_(value)
 
@@ -143,19 +144,16 @@ def gradients(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> 
     return replay
 
 
-def fit(
-    model: nn.Module, data: Data, epochs: int, rate: float, seed: int, loss: Loss = hard, compiled: bool = False
-) -> Iterator[tuple[float, float]]:
+def fit(model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, loss: Loss) -> Iterator[tuple[float, float]]:
     """Train; after each epoch its top-1 and its seconds (of training alone)."""
+    epochs, rate = arguments.epochs, arguments.rate
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    steps = max(epochs * data.steps, 1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=FINAL_RATE * rate)
-    network = torch.compile(model) if compiled else model
-    compute = gradients(network.train(), loss, *next(data.epoch())) if epochs else None
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * data.steps, eta_min=FINAL_RATE * rate)
+    network: nn.Module = torch.compile(model.train()) if arguments.compile else model.train()
+    compute = captured(network, loss, *next(data.epoch())) if arguments.graph else gradients(network, loss)
     torch.manual_seed(seed)
 
     def epoch() -> None:
-        assert compute is not None
         for images, classes in data.epoch():
             compute(images, classes)
             optimizer.step()
@@ -171,14 +169,12 @@ def measured(
     tool: str, bits: int | None, model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, of_float: float | None
 ) -> Row:
     """A row of the table; ``of_float``: seconds of a float epoch."""
-    epochs, rate = arguments.epochs, arguments.rate
     student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
-    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student), "epochs": epochs, "rate": rate}
+    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student)}
+    row |= {"epochs": arguments.epochs, "rate": arguments.rate}
     loss = distilled(model) if tool == DISTILLED else hard
     found = []
-    for accuracy, seconds in fit(
-        student, data, 0 if bits == 8 else epochs, rate, seed, loss, arguments.compile and tool in (FLOAT, "lq", DISTILLED)
-    ):
+    for accuracy, seconds in fit(student, data, arguments, seed, loss) if bits != 8 and arguments.epochs else ():
         found.append((accuracy, seconds))
         print(f"{tool}, {name_of(bits)}: {accuracy:.2f} % after epoch {len(found)}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:
@@ -245,7 +241,8 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=[FLOAT, *TOOLS], choices=[FLOAT, *TOOLS])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rate", type=float, default=0.01, help="the first learning rate; the last is a hundredth of it")
-    parser.add_argument("--compile", action="store_true", help="torch.compile what is trained (not what peers made)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what is trained")
+    parser.add_argument("--graph", action="store_true", help="forward and backward out of a CUDA graph")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
