@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lq.export.recentre import MOVE, movable
 from lq.export.runtime import OnnxModel
-from lq.nn import QuantModule, TensorQuantizer
+from lq.nn import TensorQuantizer
+from lq.nn.reuse import weight_quantizers
 
 # What one protobuf message, and so a graph with its weights in memory, may have.
 MAX_BYTES = 2**31 - 1
@@ -52,7 +53,7 @@ def recording(model: nn.Module) -> Iterator[Calls]:
     """Within the block, quantizers of activations leave their codes, float32 on the CPU, in the order of their calls."""
     calls: Calls = []
     moved = movable(model)
-    weights = {m.quantizers()[role] for m in model.modules() if isinstance(m, QuantModule) for role in m.weights()}
+    weights = set(weight_quantizers(model))
 
     def seen(quantizer: nn.Module, args: object, output: Tensor) -> None:
         assert isinstance(quantizer, TensorQuantizer)

@@ -16,7 +16,8 @@ from lq.descriptor import QuantDescriptor, QuantRule
 from lq.methods import Method
 from lq.nn.evaluating import evaluating
 from lq.nn.example import as_args, on_device_of
-from lq.nn.quant_module import QuantMixin, QuantModule
+from lq.nn.quant_module import QuantMixin
+from lq.nn.reuse import weight_quantizers
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.ptq.config import QuantizationConfig, QuantizationMethod, with_power_of_two_scale
 from lq.ptq.report import PtqReport
@@ -127,7 +128,7 @@ def _methods(model: nn.Module, config: QuantizationConfig) -> Method:
 
 
 def _activations(model: nn.Module) -> list[TensorQuantizer]:
-    weights = {m.quantizers()[role] for m in model.modules() if isinstance(m, QuantModule) for role in m.weights()}
+    weights = set(weight_quantizers(model))
     return [quantizer for _, quantizer in named_quantizers(model) if quantizer not in weights]
 
 
