@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lq.staged import staged
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
 # By which CIFAR's own archive is told: https://www.cs.toronto.edu/~kriz/cifar.html
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -143,9 +145,9 @@ def load_images(path: str | Path, cache: str | Path) -> tuple[dict[str, Split], 
         return found["splits"], found["classes"]
     splits, classes = _of_cifar(path) if (path / "data_batch_1").is_file() else _decoded(path)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    torch.save({"splits": splits, "classes": classes}, partial)
-    partial.replace(kept)
+    # jobs that start together may all decode
+    with staged(kept) as file:
+        torch.save({"splits": splits, "classes": classes}, file)
     return splits, classes
 
 

@@ -13,6 +13,7 @@ from lq.calib.calibrator import Calibrator
 from lq.calib.held_out import HeldOutCalibrator
 from lq.calib.histogram import HistogramCalibrator
 from lq.calib.max import MaxCalibrator
+from lq.staged import staged
 
 KINDS: dict[str, type[Calibrator]] = {
     "affine": AffineCalibrator,
@@ -59,12 +60,8 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
     if not tensors:
         raise ValueError(f"No calibrator of {type(model).__name__} saw data: calibrate before you save its statistics.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, {"calibrators": json.dumps(about)})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged(path) as file:
+        save_file(tensors, file, {"calibrators": json.dumps(about)})
     return path
 
 

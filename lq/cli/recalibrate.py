@@ -15,6 +15,7 @@ from lq.calibration import amaxs_by_name, ranges_by_name, suits
 from lq.checkpoint import read_checkpoint
 from lq.cli.outputs import prepare_folder
 from lq.methods import check_options, choices_by_name
+from lq.staged import staged
 
 
 def recalibrate(cfg: DictConfig) -> None:
@@ -38,8 +39,8 @@ def recalibrate(cfg: DictConfig) -> None:
     table = summary(calibrators, amaxs | highs)
     (folder / "calibration.md").write_text(table.markdown() + "\n", encoding="utf-8")
     target = folder / "recalibrated.ckpt"
-    torch.save(checkpoint, partial := target.with_suffix(".partial"))
-    partial.replace(target)
+    with staged(target) as file:
+        torch.save(checkpoint, file)
 
     console = Console()
     console.print(table)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lq.export._require import require
-from lq.export._staged import staged
 from lq.export.check import check_exportable, checked_opset
 from lq.export.fold import fold_batchnorm_
 from lq.export.inputs import batch_shapes, checked_inputs, name_caught_
@@ -21,6 +20,7 @@ from lq.export.recentre import recentre_
 from lq.export.scales import fix_learned_scales_, raise_dead_scales_, round_weights_
 from lq.nn.example import on_device_of
 from lq.nn.normalized import fold_normalized_
+from lq.staged import staged
 
 if TYPE_CHECKING:
     import onnx_ir as ir

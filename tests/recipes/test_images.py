@@ -82,7 +82,20 @@ def test_decoded_once_until_the_source_changes(folder, tmp_path, monkeypatch):
     assert torch.equal(first["train"][0], again["train"][0])
     Image.fromarray(255 - picture("train", "cat", 0)).save(folder / "train" / "cat" / "new.png")
     assert len(load_images(folder, tmp_path / "cache")[0]["train"][1]) == 11
-    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_jobs_that_start_together_do_not_take_each_others_files(folder, tmp_path, monkeypatch):
+    save, found = torch.save, []
+
+    def slow(*args):
+        save(*args)
+        monkeypatch.setattr(torch, "save", save)
+        found.append(load_images(folder, tmp_path / "cache"))  # another job is as far, and done first
+
+    monkeypatch.setattr(torch, "save", slow)
+    found.append(load_images(folder, tmp_path / "cache"))
+    assert torch.equal(found[0][0]["train"][0], found[1][0]["train"][0])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_batches(folder, tmp_path):

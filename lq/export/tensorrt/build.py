@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lq.export._staged import staged
+from lq.staged import staged
 
 Shape = Sequence[int]
 # The smallest, the usual and the largest shape of each input.
