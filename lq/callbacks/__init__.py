@@ -1,6 +1,7 @@
 """Callbacks for any Trainer: they own *when*; what is done are functions that work without Lightning too."""
 
 from lq.callbacks.batchnorm import ReestimateBatchNorm
+from lq.callbacks.compile import Compile
 from lq.callbacks.delay import QuantDelay
 from lq.callbacks.distill import Distill
 from lq.callbacks.export import OnnxExport
@@ -14,6 +15,7 @@ from lq.callbacks.resume import ExactResume
 from lq.callbacks.schedule import QATSchedule
 
 __all__ = [
+    "Compile",
     "Distill",
     "ExactResume",
     "OnnxExport",

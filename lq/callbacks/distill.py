@@ -51,7 +51,8 @@ class Distill(Callback):
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: no ``forward``, and no ``layers``; a pattern that matches nothing; an output without logits;
-            a step that does not call the module; a module that is quantized already; a checkpoint with another teacher.
+            a step that does not call the module; a module that is quantized or compiled already; a checkpoint with another
+            teacher.
     """
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, layers: Sequence[str] | None = None) -> None:
@@ -79,6 +80,12 @@ class Distill(Callback):
             return
         build(trainer, pl_module)
         kind, automatic = type(pl_module).__name__, pl_module.automatic_optimization
+        if "forward" in vars(pl_module):
+            # a copy of it would run the module, and not itself
+            raise MisconfigurationException(
+                f"{kind} has a `forward` of this instance alone, as `torch.compile(module)` makes it: give the "
+                "Trainer the module itself, and a `lq.callbacks.Compile` before Distill."
+            )
         if not has_forward(pl_module) and (self.layers is None or not automatic):
             raise MisconfigurationException(
                 f"{kind} has no `forward` to compare: write one that `training_step` calls"

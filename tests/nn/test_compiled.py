@@ -12,6 +12,7 @@ import lq
 
 RULES = {
     "fixed": "int8",
+    "fixed, histograms": [lq.QuantRule("*", *(lq.QuantDescriptor(axis=axis, calib_method="histogram") for axis in (None, 0)))],
     "learned": [lq.QuantRule("*", lq.QuantDescriptor(4, learn_amax="lsq"), lq.QuantDescriptor(4, axis=0, learn_amax="lsq"))],
 }
 
@@ -37,7 +38,7 @@ def test_refreshing_and_freezing_compile_nothing_and_collecting_once(kind):
         quantizer.amax = 1.1 * quantizer.amax
     assert compiles() == 1
     torch.testing.assert_close(compiled(x), model(x))
-    if kind == "fixed":
+    if "fixed" in kind:
         lq.freeze_(model)
         assert compiles() == 1
         lq.unfreeze_(model)

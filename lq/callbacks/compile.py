@@ -1,0 +1,87 @@
+"""Train batches in compiled code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lq.callbacks.building import all_callbacks
+from lq.callbacks.distill import Distill
+from lq.callbacks.feeding import has_forward
+
+
+class Compile(Callback):
+    """Runs the module's ``forward`` on train batches as ``torch.compile`` makes it, and that of Distill's teacher too.
+
+    Put it before Distill and Quantize. What is compiled is the quantized module, at the first train batch after calibration:
+    quantizers are fused with what is around them, and scales that are refreshed or frozen compile nothing anew
+    (docs/performance.md). Calibration, validation and export stay eager, and nothing of it is left after the fit. Unlike
+    ``trainer.fit(torch.compile(module))`` it leaves ``training_step`` alone, whose ``self.log`` dynamo cannot trace.
+
+    Args:
+        disable: do nothing.
+        options: of ``torch.compile``: ``mode``, ``fullgraph``, ``dynamic``, ``backend``, ``options``.
+
+    Raises:
+        MisconfigurationException: the module has no ``forward``, or was compiled already; a Distill compares ``layers``, which
+            compiled code does not show, or stands before Compile.
+
+    >>> import lightning as L
+    >>> trainer = L.Trainer(callbacks=[Compile(), lq.callbacks.Quantize()], logger=False)
+    """
+
+    def __init__(self, disable: bool = False, **options: Any) -> None:
+        self.disable, self.options = disable, options
+        self._forward: Callable[..., Any] | None = None
+        self._teachers: list[LightningModule] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or self.disable:
+            return
+        kind = type(pl_module).__name__
+        if not has_forward(pl_module):
+            raise MisconfigurationException(f"{kind} has no `forward` to compile: write one that `training_step` calls.")
+        if "forward" in vars(pl_module):
+            raise MisconfigurationException(
+                f"{kind} has a `forward` of this instance alone, as `torch.compile(module)` makes it: give "
+                "the Trainer the module itself."
+            )
+        callbacks = list(all_callbacks(trainer))
+        for distill in (callback for callback in callbacks if isinstance(callback, Distill)):
+            if distill.layers is not None:
+                raise MisconfigurationException(
+                    "Distill compares `layers`, whose outputs compiled code does not show: compare those of `forward` "
+                    "(`layers=None`), or leave Compile out."
+                )
+            if callbacks.index(distill) < callbacks.index(self):
+                raise MisconfigurationException("Compile stands behind Distill: put it first.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.disable:
+            return
+        self._forward = torch.compile(pl_module.forward, **self.options)
+        self._teachers = [callback.teacher for callback in all_callbacks(trainer) if isinstance(callback, Distill)]
+        for teacher in self._teachers:
+            teacher.forward = torch.compile(teacher.forward, **self.options)  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._forward is not None:
+            pl_module.forward = self._forward  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # a copy that is made of the module between batches would run the module instead of itself
+        self._restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(pl_module, *self._teachers)
+        self._forward, self._teachers = None, []
+
+    def _restore(self, *modules: LightningModule) -> None:
+        """Let them run the ``forward`` of their class again."""
+        for module in modules if self._forward is not None else ():
+            vars(module).pop("forward", None)
