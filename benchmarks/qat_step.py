@@ -133,13 +133,13 @@ def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, r
     """A table of contenders."""
     model, x = model.to(device).train(), x.to(device)
     models = {"float": model, "lq": quantized(model, x)}
+    models["lq, recomputing"] = recompute_(copy.deepcopy(models["lq"]))
     if PEER and not compiled:  # in compiled code they break the graph at each quantizer
         models[PEER] = of_peer(model, x)
     if compiled:
         models = {name: torch.compile(m) for name, m in models.items()}
     runs = {name: step(m, x) for name, m in models.items()}
     if not compiled:
-        runs["lq, recomputing"] = step(recompute_(copy.deepcopy(models["lq"])), x)
         runs["lq, a step that QuantMonitor logs"] = watched(Module(copy.deepcopy(model), x), x)
     found = ratios(runs, rounds)
     memory = {key: peak(run, device) for key, run in runs.items()}

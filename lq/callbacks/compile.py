@@ -28,8 +28,11 @@ class Compile(Callback):
         MisconfigurationException: the module has no ``forward``, or was compiled already; a Distill compares ``layers``, which
             compiled code does not show, or stands before Compile.
 
-    >>> import lightning as L
-    >>> trainer = L.Trainer(callbacks=[Compile(), lq.callbacks.Quantize()], logger=False)
+    >>> from lightning.pytorch import Trainer
+    >>> from lq.callbacks import Distill, Quantize
+    >>> parts = [Compile(mode="max-autotune-no-cudagraphs"), Distill(), Quantize(recompute=True)]
+    >>> [type(callback).__name__ for callback in Trainer(callbacks=parts, logger=False).callbacks][:3]
+    ['Compile', 'Distill', 'Quantize']
     """
 
     def __init__(self, disable: bool = False, **options: Any) -> None:

@@ -66,7 +66,8 @@ class Quantize(KeepsWeights):
         fine_tune: ``False`` ends the fit before its first step: the model is calibrated and rescaled, and nothing is trained.
         dirpath: folder to leave the calibrated model in, as ``calibrated.ckpt``, and what calibration collected, as
             ``statistics.safetensors`` (:func:`lq.calib.save_statistics`): ``lq recalibrate`` tries other methods on them.
-        recompute: train in the memory of float training, a little slower (:func:`lq.nn.recompute_`).
+        recompute: train in the memory of float training, a little slower, or in less where it is compiled
+            (:func:`lq.nn.recompute_`).
 
     Attributes:
         stages: metrics of each stage.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.descriptor import INT8_WEIGHT, QuantDescriptor
-from lq.nn.recompute import keeping_less
+from lq.nn.recompute import computed_again, keeping_less
 from lq.nn.tensor_quantizer import TensorQuantizer
 
 QUANT_MODULES: dict[type[nn.Module], type["QuantModule"]] = {}
@@ -163,9 +163,11 @@ class QuantMixin(QuantInputMixin):
 
     def on_quantized(self, operation: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight: Tensor) -> Tensor:
         """``operation`` of the quantized input and the quantized weight."""
-        x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         if not self.recompute:
-            return operation(x, w)
+            return operation(self.input_quantizer(input), self.weight_quantizer(weight))
+        if torch.compiler.is_compiling():
+            return operation(computed_again(self.input_quantizer, input), computed_again(self.weight_quantizer, weight))
+        x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         with keeping_less((self.input_quantizer, input, x), (self.weight_quantizer, weight, w)):
             return operation(x, w)
 

@@ -1,10 +1,11 @@
 """What layers quantized, computed again in the backward pass in place of being kept until then."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lq.functional.fake_quant import fake_quant
 from lq.functional.operators import in_pieces, is_unobserved
@@ -23,10 +24,10 @@ def recompute_(model: M, enabled: bool = True) -> M:
     when gradients are computed (Chen et al., 2016, arXiv:1604.06174, for a single cheap operation): the memory of float
     training, for another pass over the tensor.
 
-    ``torch.compile`` decides for itself, and so does whoever looks after saved tensors outside (``torch.utils.checkpoint``). Both
-    are kept where amax is learned or taken from each input, for affine and block-wise grids, for normalized weights, for inserted
-    factors, for quantizers with hooks, and while statistics are collected; under autocast a layer keeps its own cast of what was
-    quantized.
+    In compiled code all quantizers are computed again, but while statistics are collected, and with them what the compiler can
+    make of the same tensors. In eager code both tensors are kept where amax is learned or taken from each input, for affine and
+    block-wise grids, for normalized weights, for inserted factors, and for quantizers with hooks; under autocast a layer keeps
+    its own cast of what was quantized; and whoever looks after saved tensors outside (``torch.utils.checkpoint``) decides.
 
     Args:
         model: quantized.
@@ -51,6 +52,15 @@ def recompute_(model: M, enabled: bool = True) -> M:
     for layer in layers:
         layer.recompute = enabled
     return model
+
+
+def computed_again(quantizer: "TensorQuantizer", x: Tensor) -> Tensor:
+    """What the quantizer makes of ``x`` in compiled code, which makes it again in the backward pass."""
+    if quantizer._if_calib:
+        return cast(Tensor, quantizer(x))  # what is collected must not be so twice
+    if quantizer.active and not quantizer._fits:
+        quantizer._fit(quantizer.blocks(x))  # nor may amax change its shape there
+    return cast(Tensor, checkpoint(quantizer, x, use_reentrant=False, preserve_rng_state=False))
 
 
 class _Again:

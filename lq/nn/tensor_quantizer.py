@@ -251,7 +251,8 @@ class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Modul
             if amax.shape != shape and amax.numel() == torch.Size(shape).numel():
                 amax.data = amax.data.reshape(shape)
             check_broadcast(inputs, amax)
-        self._fits = looking
+        if looking:
+            self._fits = True
 
     # Housekeeping of torch
 

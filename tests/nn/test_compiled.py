@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lq
+from lq.nn import recompute_
 
 RULES = {
     "fixed": "int8",
@@ -17,11 +18,11 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_refreshing_and_freezing_compile_nothing_and_collecting_once(kind):
+@pytest.mark.parametrize(("kind", "recompute"), [*((kind, False) for kind in RULES), ("fixed", True)])
+def test_refreshing_and_freezing_compile_nothing_and_collecting_once(kind, recompute):
     torch._dynamo.reset()
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
-    lq.quantize_(model, RULES[kind])
+    recompute_(lq.quantize_(model, RULES[kind]), recompute)
     with lq.calibrating(model):
         model(x)
     model(x)  # what a new amax is looked at with: a model compiled before is compiled again after it

@@ -178,3 +178,30 @@ def test_a_float_weight_that_changes_is_an_error_as_ever():
 def test_a_float_model_again_knows_nothing_of_it():
     model = lq.dequantize_(recompute_(lq.quantize_(nn.Sequential(nn.Linear(2, 2)))))
     assert not hasattr(model[0], "recompute")
+
+
+RULES = {
+    "fixed": "int8",
+    "affine": [lq.QuantRule("*", lq.QuantDescriptor(affine=True), lq.QuantDescriptor(axis=0))],
+    "learned": [lq.QuantRule("*", lq.QuantDescriptor(4, learn_amax="lsq"), lq.QuantDescriptor(4, axis=0, learn_amax="lsq"))],
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_compiled(kind):
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    make = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = quantized(make, x, RULES[kind])
+    kept, gradients = [], []
+    for network in (model, recompute_(copy.deepcopy(model))):
+        torch._dynamo.reset()
+        compiled, saved = torch.compile(network, fullgraph=True, backend="aot_eager_decomp_partition"), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.update({t.data_ptr(): t}) or t, lambda t: t):
+            y = compiled(x)
+        y.square().sum().backward()
+        kept.append(sum(t.numel() for t in saved.values()))
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    # a layer's input, 64 times 8, is one of three that are there twice
+    assert kept[1] <= kept[0] - 2 * x.numel()
