@@ -149,7 +149,8 @@ def fit(model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, 
     epochs, rate = arguments.epochs, arguments.rate
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * data.steps, eta_min=FINAL_RATE * rate)
-    network: nn.Module = torch.compile(model.train()) if arguments.compile else model.train()
+    model.train()  # of exported graphs it returns nothing
+    network: nn.Module = torch.compile(model) if arguments.compile else model
     compute = captured(network, loss, *next(data.epoch())) if arguments.graph else gradients(network, loss)
     torch.manual_seed(seed)
 
