@@ -131,8 +131,9 @@ def of_torchao(model: nn.Module, weight_bits: int, input_bits: int, batches: Bat
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     quantizer = LayerQuantizer((weight_bits, input_bits), {FIRST: (8, 8), LAST: (8, 8)}, (FIRST,), learned)
-    twin, batch = copy.deepcopy(model).train(), torch.export.Dim("batch", min=2)
-    graph = torch.export.export(twin, (batches[0],), dynamic_shapes=({0: batch},)).module()
+    # what cuDNN takes would bound the size of a batch
+    twin, batch = copy.deepcopy(model).cpu().train(), torch.export.Dim("batch", min=2)
+    graph = torch.export.export(twin, (batches[0].cpu(),), dynamic_shapes=({0: batch},)).module()
     graph = prepare_qat_pt2e(graph, quantizer).to(batches[0].device)
     pt2e.allow_exported_model_train_eval(graph)
     graph.eval()
