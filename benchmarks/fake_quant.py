@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lq
 from lq.analysis.tables import Table
-from lq.functional.affine import fake_affine_tensor_quant
+from lq.functional.affine import fake_quant_affine
 from lq.functional.amax import compute_amax
 from lq.functional.blocks import block_axis, split_blocks
 from lq.functional.fake_quant import fake_quant
@@ -77,7 +77,7 @@ def affine(x: Tensor) -> Contenders:
     bounds = torch.tensor([low, high], device=x.device)
     return {
         "torch": lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255),
-        "lq": lambda x: fake_affine_tensor_quant(x, bounds[0], bounds[1]),
+        "lq": lambda x: fake_quant_affine(x, bounds[0], bounds[1], 8),
     }
 
 
