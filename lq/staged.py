@@ -20,7 +20,7 @@ def staged(path: Path) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path` is {str(path)!r}, but the folder {str(path.parent)!r} does not exist: create it first.")
     if path.is_dir():
-        raise IsADirectoryError(f"`path` is {str(path)!r}, a folder: give the name of a file, as {str(path / 'model.onnx')!r}.")
+        raise IsADirectoryError(f"`path` is {str(path)!r}, a folder: give the name of a file.")
     try:
         # on the same file system, so that moving a file into place is one step
         folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)

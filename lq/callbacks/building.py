@@ -22,6 +22,13 @@ def build(trainer: Trainer, pl_module: LightningModule) -> None:
         _call_configure_model(trainer)
 
 
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Whether ``torch.compile`` made the module, of which a copy would run the module instead of itself."""
+    own = vars(pl_module).get("forward")
+    # strategies that wrap the module leave the method of its class behind, bound as always
+    return own is not None and own != type(pl_module).forward.__get__(pl_module)
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Raise ``MisconfigurationException`` for strategies that split parameters: amax of a weight is that of all of it.
 

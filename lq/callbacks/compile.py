@@ -1,5 +1,6 @@
 """Train batches in compiled code."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,26 +8,34 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lq.callbacks.building import all_callbacks
+from lq.callbacks.building import all_callbacks, is_compiled
 from lq.callbacks.distill import Distill
 from lq.callbacks.feeding import has_forward
 
+Forward = Callable[..., Any]
+
+# Graphs of one forward, in all fits of a process; dynamo's own 8 are soon used up by a teacher, by stages of bits, and by steps
+# that scales are observed in.
+MOST_GRAPHS = 64
+
 
 class Compile(Callback):
-    """Runs the module's ``forward`` on train batches as ``torch.compile`` makes it, and that of Distill's teacher too.
+    """Runs the module's ``forward`` on train batches compiled by ``torch.compile``, and that of Distill's teacher too.
 
-    Put it before Distill and Quantize. What is compiled is the quantized module, at the first train batch after calibration:
-    quantizers are fused with what is around them, and scales that are refreshed or frozen compile nothing anew
-    (docs/performance.md). Calibration, validation and export stay eager, and nothing of it is left after the fit. Unlike
-    ``trainer.fit(torch.compile(module))`` it leaves ``training_step`` alone, whose ``self.log`` dynamo cannot trace.
+    Put it first. The quantized module is compiled at the first train batch, where quantizers are fused with what is around them,
+    and again where the code changes: for steps that ScaleFreeze observes, after it froze BatchNorm, for a smaller last batch, for
+    each stage of ProgressiveBits and QuantDelay. New values of scales compile nothing (docs/performance.md). Calibration,
+    validation and export stay eager, and nothing of it is left after the fit. Unlike ``trainer.fit(torch.compile(module))`` it
+    leaves ``training_step`` alone, whose ``self.log`` dynamo cannot trace.
 
     Args:
         disable: do nothing.
         options: of ``torch.compile``: ``mode``, ``fullgraph``, ``dynamic``, ``backend``, ``options``.
 
     Raises:
-        MisconfigurationException: the module has no ``forward``, or was compiled already; a Distill compares ``layers``, which
-            compiled code does not show, or stands before Compile.
+        TypeError, RuntimeError: options that ``torch.compile`` does not take.
+        MisconfigurationException: the module has no ``forward``, was compiled already, or does not call itself in
+            ``training_step``; a Distill compares ``layers``, which compiled code does not show, or stands before Compile.
 
     >>> from lightning.pytorch import Trainer
     >>> from lq.callbacks import Distill, Quantize
@@ -36,9 +45,12 @@ class Compile(Callback):
     """
 
     def __init__(self, disable: bool = False, **options: Any) -> None:
+        if not disable:
+            torch.compile(lambda: None, **options)  # compiles nothing, but looks at the options
         self.disable, self.options = disable, options
-        self._forward: Callable[..., Any] | None = None
+        self._forward: Forward | None = None
         self._teachers: list[LightningModule] = []
+        self._ran = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.disable:
@@ -46,11 +58,8 @@ class Compile(Callback):
         kind = type(pl_module).__name__
         if not has_forward(pl_module):
             raise MisconfigurationException(f"{kind} has no `forward` to compile: write one that `training_step` calls.")
-        if "forward" in vars(pl_module):
-            raise MisconfigurationException(
-                f"{kind} has a `forward` of this instance alone, as `torch.compile(module)` makes it: give "
-                "the Trainer the module itself."
-            )
+        if is_compiled(pl_module):
+            raise MisconfigurationException(f"{kind} is compiled already: give the Trainer the module itself.")
         callbacks = list(all_callbacks(trainer))
         for distill in (callback for callback in callbacks if isinstance(callback, Distill)):
             if distill.layers is not None:
@@ -64,10 +73,21 @@ class Compile(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.disable:
             return
-        self._forward = torch.compile(pl_module.forward, **self.options)
+        self._forward, self._ran = self._compiled(pl_module.forward), False
         self._teachers = [callback.teacher for callback in all_callbacks(trainer) if isinstance(callback, Distill)]
         for teacher in self._teachers:
-            teacher.forward = torch.compile(teacher.forward, **self.options)  # type: ignore[method-assign]
+            teacher.forward = self._compiled(teacher.forward)  # type: ignore[method-assign]
+
+    def _compiled(self, forward: Forward) -> Forward:
+        compiled = torch.compile(forward, **self.options)
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._ran = True
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                return compiled(*args, **kwargs)
+
+        return run
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._forward is not None:
@@ -75,6 +95,22 @@ class Compile(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # a copy that is made of the module between batches would run the module instead of itself
+        self._restore(pl_module)
+        if self._forward is not None and not self._ran:
+            raise MisconfigurationException(
+                f"`training_step` of {type(pl_module).__name__} ran nothing that is compiled: let it call `self(...)`, or leave "
+                "Compile out."
+            )
+
+    # a module that ends its epoch in `on_train_batch_start` leaves out the end of the batch
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lq.callbacks.adding import add_to_loss_
-from lq.callbacks.building import build
+from lq.callbacks.building import build, is_compiled
 from lq.callbacks.feeding import feed, has_forward
 from lq.callbacks.teacher import (
     Outputs,
@@ -80,11 +80,9 @@ class Distill(Callback):
             return
         build(trainer, pl_module)
         kind, automatic = type(pl_module).__name__, pl_module.automatic_optimization
-        if "forward" in vars(pl_module):
-            # a copy of it would run the module, and not itself
+        if is_compiled(pl_module):
             raise MisconfigurationException(
-                f"{kind} has a `forward` of this instance alone, as `torch.compile(module)` makes it: give the "
-                "Trainer the module itself, and a `lq.callbacks.Compile` before Distill."
+                f"{kind} is compiled: give the Trainer the module itself, and a `lq.callbacks.Compile` before Distill."
             )
         if not has_forward(pl_module) and (self.layers is None or not automatic):
             raise MisconfigurationException(

@@ -72,7 +72,8 @@ def feed(pl_module: LightningModule, batch: Any) -> None:
     """Run the module's ``forward`` on a batch, or, if it has none of its own, its ``training_step`` with logging muted."""
     if has_forward(pl_module):
         args, kwargs = forward_arguments(pl_module.forward, batch)
-        with _remedied(f"{_described(batch)} failed in `forward`"):
+        # compiled code would not see hooks that look at what comes in
+        with _remedied(f"{_described(batch)} failed in `forward`"), torch.compiler.set_stance("force_eager"):
             pl_module(*args, **kwargs)
         return
     if not pl_module.automatic_optimization:

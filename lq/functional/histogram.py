@@ -49,7 +49,7 @@ def grow(counts: Tensor, exponent: Tensor, new_exponent: Tensor) -> Tensor:
     >>> grow(torch.tensor([[1, 2, 3, 4]]), torch.tensor([0]), torch.tensor([1]))
     tensor([[3, 7, 0, 0]])
     """
-    if _may_ask(counts) and torch.equal(exponent, new_exponent):
+    if _can_look(counts) and torch.equal(exponent, new_exponent):
         return counts  # mostly
     bins = counts.shape[1]
     shift = (new_exponent - exponent).clamp(0, 62).to(torch.int64).unsqueeze(1)
@@ -84,7 +84,7 @@ def update(counts: Tensor, exponent: Tensor, rows: Tensor, peak: Tensor, skip: T
     finite = torch.nan_to_num(peak, nan=0.0, posinf=0.0).clamp_min(2.0 ** (MIN_EXPONENT - 1))
     new_exponent = torch.maximum(exponent, torch.frexp(finite).exponent.to(torch.int32))
     # a long row pays for the steps of its own that the CPU's way takes
-    on_cpu = _may_ask(rows) and rows.shape[1] >= rows.shape[0] and bool(peak.isfinite().all())
+    on_cpu = _can_look(rows) and rows.shape[1] >= rows.shape[0] and bool(peak.isfinite().all())
     count = _count_on_cpu if on_cpu else _count
     counts = grow(counts, exponent, new_exponent) + count(rows, new_exponent, counts.shape[1])
     if skip is not None:
@@ -92,8 +92,8 @@ def update(counts: Tensor, exponent: Tensor, rows: Tensor, peak: Tensor, skip: T
     return counts, new_exponent
 
 
-def _may_ask(x: Tensor) -> bool:
-    """Whether looking at values is cheap: on other devices the question costs more than the answer, compiled code cannot ask."""
+def _can_look(x: Tensor) -> bool:
+    """Whether values can be looked at: on other devices that costs more than it saves, and compiled code has none."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -12,6 +12,9 @@ from lq.functional.gradient import within_range
 from lq.functional.grid import integer_bounds, largest_code, scale_from_amax
 from lq.functional.operators import in_pieces
 
+# A few of them, of 1
+ULPS = 2.0**-20
+
 
 class _Learned(torch.autograd.Function):
     @staticmethod
@@ -96,14 +99,17 @@ def fake_quant_learned(
         result: Tensor = _Learned.apply(inputs, amax, *grid, gradient_scale, rounding)  # type: ignore[no-untyped-call]
         return result
     wide = inputs if inputs.dtype.itemsize >= 4 else inputs.float()
-    scale = scale_from_amax(_scaled_gradient(amax, gradient_scale).to(wide.dtype), num_bits, unsigned)
+    amax = _scaled_gradient(amax, gradient_scale).to(wide.dtype)
+    scale = scale_from_amax(amax, num_bits, unsigned)
     lowest, highest = integer_bounds(num_bits, unsigned, narrow_range)
     if not rounding:
-        clipped = torch.minimum(torch.maximum(wide, lowest * scale), highest * scale)
+        clipped = wide.clamp(lowest / highest * amax, amax)
         codes = (clipped.detach() / scale.detach()).round().clamp(lowest, highest)
         return (clipped + (codes * scale.detach() - clipped).detach()).to(inputs.dtype)
-    codes = (wide / scale).clamp(lowest, highest)
-    return (_rounded(codes) * scale).to(inputs.dtype)
+    # amax mostly is a value of the tensor, and the quotient of both may lie an ulp beyond the last code
+    codes = (wide / scale).clamp(lowest * (1 + ULPS), highest * (1 + ULPS))
+    rounded = codes.detach().round().clamp(lowest, highest)
+    return ((codes + (rounded - codes).detach()) * scale).to(inputs.dtype)
 
 
 def fake_quant_affine_learned(inputs: Tensor, low: Tensor, high: Tensor, num_bits: int, gradient_scale: float = 1.0) -> Tensor:
@@ -144,7 +150,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
     """``x``, whose gradient is multiplied."""
-    return x if factor == 1 else x * factor + (x * (1 - factor)).detach()
+    return x if factor == 1 else x.detach() + (x - x.detach()) * factor
 
 
 def gradient_scale(features: int, num_bits: int, unsigned: bool = False) -> float:

@@ -71,9 +71,14 @@ def is_unobserved(x: Tensor) -> bool:
     return not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None
 
 
+def is_fused() -> bool:
+    """Whether ``torch.compile`` makes code of what is called, and not a graph for an export."""
+    # what is_exporting() returns; dynamo before torch 2.13 takes every call of it for True
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
+
+
 def in_pieces() -> bool:
     """Whether plain arithmetic serves better than one operator: ``torch.compile`` fuses it, ``torch.func`` transforms it."""
     if torch.compiler.is_dynamo_compiling():
-        # what is_exporting() returns; dynamo before torch 2.13 takes every call of it for True
-        return not torch.compiler._is_exporting_flag
+        return is_fused()
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.descriptor import INT8_WEIGHT, QuantDescriptor
+from lq.functional.operators import is_fused
 from lq.nn.recompute import computed_again, keeping_less
 from lq.nn.tensor_quantizer import TensorQuantizer
 
@@ -165,7 +166,7 @@ class QuantMixin(QuantInputMixin):
         """``operation`` of the quantized input and the quantized weight."""
         if not self.recompute:
             return operation(self.input_quantizer(input), self.weight_quantizer(weight))
-        if torch.compiler.is_compiling():
+        if is_fused() and torch.is_grad_enabled():
             return operation(computed_again(self.input_quantizer, input), computed_again(self.weight_quantizer, weight))
         x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         with keeping_less((self.input_quantizer, input, x), (self.weight_quantizer, weight, w)):

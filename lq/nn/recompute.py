@@ -24,10 +24,11 @@ def recompute_(model: M, enabled: bool = True) -> M:
     when gradients are computed (Chen et al., 2016, arXiv:1604.06174, for a single cheap operation): the memory of float
     training, for another pass over the tensor.
 
-    In compiled code all quantizers are computed again, but while statistics are collected, and with them what the compiler can
-    make of the same tensors. In eager code both tensors are kept where amax is learned or taken from each input, for affine and
-    block-wise grids, for normalized weights, for inserted factors, and for quantizers with hooks; under autocast a layer keeps
-    its own cast of what was quantized; and whoever looks after saved tensors outside (``torch.utils.checkpoint``) decides.
+    In compiled code every quantizer is computed again, and the compiler may compute cheap operations before it again as well. Not
+    so in eager code, where both tensors are kept, if amax is learned or taken from each input, for affine and block-wise grids,
+    for normalized weights, and for inserted factors; there a layer under autocast keeps its own cast of what was quantized, and
+    whoever looks after saved tensors outside (``torch.utils.checkpoint``) decides. Both are kept in either where a quantizer has
+    hooks or collects statistics.
 
     Args:
         model: quantized.
@@ -56,7 +57,7 @@ def recompute_(model: M, enabled: bool = True) -> M:
 
 def computed_again(quantizer: "TensorQuantizer", x: Tensor) -> Tensor:
     """What the quantizer makes of ``x`` in compiled code, which makes it again in the backward pass."""
-    if quantizer._if_calib:
+    if quantizer._if_calib or quantizer._forward_hooks or quantizer._forward_pre_hooks:
         return cast(Tensor, quantizer(x))  # what is collected must not be so twice
     if quantizer.active and not quantizer._fits:
         quantizer._fit(quantizer.blocks(x))  # nor may amax change its shape there

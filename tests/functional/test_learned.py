@@ -120,6 +120,26 @@ def test_compiled_it_has_the_same_gradients(shape, rounding):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+@pytest.mark.parametrize("rounding", [True, False])
+@pytest.mark.parametrize("grid", [(2, False, False), (3, False, True), (4, False, False), (8, True, False)])
+def test_values_at_the_ends_are_within_in_pieces_too(grid, rounding, factor):
+    """amax mostly is the largest value: what is fused must see it where the operator does."""
+    lowest, highest = integer_bounds(*grid)
+    amax = 0.5 + torch.rand(256, 1)
+    x = torch.cat([amax, lowest / highest * amax, torch.randn(256, 6)], dim=1)
+    weights = torch.randn(256, 8)
+
+    def loss(x, amax):
+        return (fake_quant_learned(x, amax, *grid, factor, rounding) * weights).sum()
+
+    leaves = x.clone().requires_grad_(), amax.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for found, right in zip(torch.func.grad(loss, (0, 1))(x, amax), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert torch.equal(expected[0][:, :2], weights[:, :2])
+
+
 def test_the_step_takes_the_way_that_lsq_gives_it():
     """SGD on amax with our factor and SGD on the step with LSQ's own: the same steps."""
     x, target = torch.randn(256, generator=torch.Generator().manual_seed(0)), 0.3
