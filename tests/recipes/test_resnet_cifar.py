@@ -47,6 +47,7 @@ def test_experiment(tmp_path):
     told = [
         *("experiment=cifar10_low_bits", "data.path=pictures", "data.cache=cache", "data.batch_size=30", "ckpt_path=weights.pt"),
         *("quant=w4a4", "export=onnx", "schedule.epochs=1", "logger=csv"),
+        *("callbacks=distill", "callbacks.compile.disable=false", "+callbacks.compile.backend=eager"),
         *("calib.batches=1", "trainer.enable_progress_bar=false", "hydra.run.dir=out"),
     ]
     env = os.environ | {"COLUMNS": "150"}
