@@ -70,13 +70,18 @@ NETWORKS = {"ResNet-20, 128 images": resnet, "encoder, 32x64 tokens": encoder}
 LARGE = {"ResNet-50, 128 images": resnet_50, "encoder of 12 layers, 64x512 tokens": encoder_12}
 
 
-def step(model: nn.Module, x: Tensor) -> Step:
-    """A train step of ``model``."""
+def step(model: nn.Module, x: Tensor, teacher: nn.Module | None = None) -> Step:
+    """A train step of ``model``, towards zeros or what ``teacher`` says."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
 
     def run() -> None:
         optimizer.zero_grad()
-        model(x).square().mean().backward()
+        y = model(x)
+        if teacher is not None:
+            with torch.no_grad():
+                wanted = teacher(x)
+            y = y - wanted
+        y.square().mean().backward()
         optimizer.step()
 
     return run
@@ -132,13 +137,13 @@ def peak(run: Step, device: str) -> int:
 def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, rounds: int) -> Table:
     """A table of contenders."""
     model, x = model.to(device).train(), x.to(device)
-    models = {"float": model, "lq": quantized(model, x)}
+    models, teacher = {"float": model, "lq": quantized(model, x)}, copy.deepcopy(model).eval()
     models["lq, recomputing"] = recompute_(copy.deepcopy(models["lq"]))
     if PEER and not compiled:  # in compiled code they break the graph at each quantizer
         models[PEER] = of_peer(model, x)
     if compiled:
-        models = {name: torch.compile(m) for name, m in models.items()}
-    runs = {name: step(m, x) for name, m in models.items()}
+        models, teacher = {name: torch.compile(m) for name, m in models.items()}, torch.compile(teacher)
+    runs = {name: step(m, x) for name, m in models.items()} | {"lq, with a teacher": step(models["lq"], x, teacher)}
     if not compiled:
         runs["lq, a step that QuantMonitor logs"] = watched(Module(copy.deepcopy(model), x), x)
     found = ratios(runs, rounds)
