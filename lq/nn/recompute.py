@@ -57,8 +57,8 @@ def recompute_(model: M, enabled: bool = True) -> M:
 
 def computed_again(quantizer: "TensorQuantizer", x: Tensor) -> Tensor:
     """What the quantizer makes of ``x`` in compiled code, which makes it again in the backward pass."""
-    if quantizer._if_calib or quantizer._forward_hooks or quantizer._forward_pre_hooks:
-        return cast(Tensor, quantizer(x))  # what is collected must not be so twice
+    if _is_watched(quantizer):
+        return cast(Tensor, quantizer(x))
     if quantizer.active and not quantizer._fits:
         quantizer._fit(quantizer.blocks(x))  # nor may amax change its shape there
     return cast(Tensor, checkpoint(quantizer, x, use_reentrant=False, preserve_rng_state=False))
@@ -129,14 +129,17 @@ def _memory_of(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.numel(), x.dtype
 
 
+def _is_watched(quantizer: "TensorQuantizer") -> bool:
+    """Whether a second run would be seen: by statistics, or by hooks."""
+    return bool(quantizer._if_calib or quantizer._forward_hooks or quantizer._forward_pre_hooks)
+
+
 def _rounding_of(quantizer: "TensorQuantizer") -> tuple[Tensor, tuple[Any, ...]] | None:
     """amax and grid, if fake quantization with them is all that the quantizer does."""
     desc, amax = quantizer.quant_desc, quantizer._buffers.get("_amax")
     more = desc.affine or desc.normalize or desc.block_size is not None or not desc.fake_quant
-    if amax is None or more or not quantizer.active or quantizer._if_calib or quantizer.clip is not None:
+    if amax is None or more or not quantizer.active or quantizer.clip is not None or _is_watched(quantizer):
         return None
     if quantizer.pre_quant_scale is not None or quantizer.pre_quant_shift is not None:
-        return None
-    if quantizer._forward_hooks or quantizer._forward_pre_hooks:
         return None
     return quantizer._scaled(amax), (desc.num_bits, desc.unsigned, desc.narrow_range)
