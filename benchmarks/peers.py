@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lq
+from lq.corrections import reestimate_batchnorm_
 
 Batches = Sequence[Tensor]
 Quantized = Callable[[nn.Module, int, int, Batches], nn.Module]
@@ -31,10 +32,15 @@ def run(model: nn.Module, batches: Batches) -> None:
 
 
 def of_lq(model: nn.Module, weight_bits: int, input_bits: int, batches: Batches) -> nn.Module:
-    """Amax by least squared error; below 8 bits it is then a parameter (LSQ): ``conf/quant/w4a4.yaml``."""
+    """Amax by least squared error; below 8 bits it is then a parameter (LSQ): ``conf/quant/w4a4.yaml``.
+
+    There weights have theirs by least squared error too, and by the largest value with 8 bits; and statistics of BatchNorm are
+    those of the quantized model: ``conf/experiment/cifar10_low_bits.yaml``.
+    """
 
     def described(bits: int, **options: Any) -> lq.QuantDescriptor:
-        return lq.QuantDescriptor(bits, narrow_range=False, learn_amax="lsq" if bits < 8 else False, **options)
+        low: dict[str, Any] = {"learn_amax": "lsq", "calib_method": "histogram"} if bits < 8 else {}
+        return lq.QuantDescriptor(bits, narrow_range=False, **low, **options)
 
     rules = [
         lq.QuantRule("*", described(input_bits, unsigned=True), described(weight_bits, axis=0)),
@@ -44,6 +50,8 @@ def of_lq(model: nn.Module, weight_bits: int, input_bits: int, batches: Batches)
     model = lq.quantize_(copy.deepcopy(model), rules)
     with lq.calibrating(model, method="mse"):
         run(model, batches)
+    if weight_bits < 8:
+        reestimate_batchnorm_(model, batches)
     return model
 
 

@@ -17,6 +17,7 @@ LABELS = {
     "input_scaling": "input scaled",
     "shift_negative_activation_correction": "shifted",
     "weights_bias_correction": "bias corrected",
+    "reestimate_batchnorm": "BatchNorm estimated anew",
 }
 
 # SQNR in dB by stage, and there by layer.

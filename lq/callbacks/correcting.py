@@ -15,6 +15,7 @@ from lq.corrections import (
     Correction,
     Corrections,
     activation_channel_equalization_,
+    reestimate_batchnorm_,
     shift_negative_activation_correction_,
     weights_bias_correction_,
 )
@@ -25,6 +26,8 @@ from lq.surgery import dequantize_, quantize_as_
 
 # Those that need a bias where they change a layer.
 NEED_BIAS = (shift_negative_activation_correction_, weights_bias_correction_)
+# Those that make up for what quantization did, and so run behind calibration.
+AFTERWARDS = (weights_bias_correction_, reestimate_batchnorm_)
 
 
 def function_of(correction: Correction) -> Correction:

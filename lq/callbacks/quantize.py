@@ -18,12 +18,12 @@ from lq.calib.statistics import require_safetensors
 from lq.calibration import calibrating
 from lq.callbacks.best import Best, monitored
 from lq.callbacks.building import averages, averaging_later, build, check_strategy
-from lq.callbacks.correcting import add_biases_, correct_float_, function_of, name_of, positional
+from lq.callbacks.correcting import AFTERWARDS, add_biases_, correct_float_, function_of, name_of, positional
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.keeping import KeepsWeights
 from lq.callbacks.placing import await_learned_, place_
 from lq.callbacks.stages import validate_stage
-from lq.corrections import Correction, Corrections, weights_bias_correction_
+from lq.corrections import Correction, Corrections
 from lq.descriptor import Rules, resolve_rules
 from lq.load import origin_of
 from lq.methods import Method, check_options
@@ -54,8 +54,8 @@ class Quantize(KeepsWeights):
         alpha: SmoothQuant's migration strength: a number in [0, 1], numbers by patterns on names, or ``"auto"``, as for
             :meth:`lq.RescalingCalibrator.rescale`; ``None`` does not rescale.
         corrections: what else to do before calibration, in this order: functions of :mod:`lq.corrections`, their options bound by
-            ``functools.partial``. They run on the ``batches`` train batches, of which ``forward`` takes positional inputs.
-            ``weights_bias_correction_`` runs after calibration. :attr:`corrected` says what was done.
+            ``functools.partial``. They run on the ``batches`` train batches, of which ``forward`` takes positional inputs;
+            ``weights_bias_correction_`` and ``reestimate_batchnorm_`` after calibration. :attr:`corrected` says what was done.
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
         stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
             metrics, and loggers get them as ``<stage>/<metric>``.
@@ -190,13 +190,14 @@ class Quantize(KeepsWeights):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Float, calibrated, rescaled: with a look at each, if there is a validation."""
         self._validate(trainer, pl_module, "float")
-        last = [c for c in self.corrections if function_of(c) is weights_bias_correction_]
+        last = [c for c in self.corrections if function_of(c) in AFTERWARDS]
         first = [c for c in self.corrections if c not in last]
         if first:
             self.corrected = correct_float_(pl_module, self.rules, first, self._positional(trainer, pl_module))
         self._calibrate_and_rescale(trainer, pl_module)
         for correction in last:
             self.corrected[name_of(correction)] = correction(pl_module, self._positional(trainer, pl_module))
+        if last:
             self._validate(trainer, pl_module, "corrected")
 
     def _calibrate_and_rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lq.calib import failing_together, sync_calibrators
+from lq.corrections.record import Applied, Corrections
 from lq.nn.evaluating import evaluating
+from lq.nn.example import as_args, on_device_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,24 +70,46 @@ def reestimating_batchnorm(model: M, norms: Iterable[_BatchNorm] | None = None) 
                 _put_back_(norm, values)
 
 
-def reestimate_batchnorm_(model: M, batches: Iterable[tuple[Any, ...]]) -> M:
+def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> Corrections:
     """Give BatchNorms the statistics of ``batches``, in place, as :func:`reestimating_batchnorm` says.
+
+    Worth most behind calibration to few bits, before anything is trained: there all that rounding does to means and variances
+    is an error, and this takes it up.
 
     Args:
         model: calibrated.
-        batches: positional inputs of the forward, a tuple each; of the size that training has.
+        batches: positional inputs of the forward, each a tuple, list or tensor; of the size that training has.
+
+    Returns:
+        What was done, by the BatchNorms; those that no batch changed are left.
 
     Raises:
         ValueError: as :func:`reestimating_batchnorm`.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1))
-    >>> reestimate_batchnorm_(model, [(torch.tensor([[1.0], [3.0]]),)])[0].running_mean
+    >>> reestimate_batchnorm_(model, [torch.tensor([[1.0], [3.0]])]).applied[0].detail
+    'mean moved by up to 2, variance multiplied by 2 to 2'
+    >>> model[0].running_mean
     tensor([2.])
     """
+    found = set(batchnorms(model))
+    norms: dict[str, Any] = {name or type(m).__name__: m for name, m in model.named_modules() if m in found}
+    before = {name: _clones(norm) for name, norm in norms.items()}
     with reestimating_batchnorm(model):
         for batch in batches:
-            model(*batch)
-    return model
+            model(*on_device_of(model, as_args(batch)))
+    changed = {n: norm for n, norm in norms.items() if not all(map(torch.equal, _clones(norm), before[n]))}
+    return Corrections(
+        [Applied(name, _moved(norm, *before[name][:2])) for name, norm in changed.items()],
+        {name: "no batch changed it" for name in norms if name not in changed},
+    )
+
+
+def _moved(norm: Any, mean: torch.Tensor, variance: torch.Tensor) -> str:
+    """What became of these statistics; as a BatchNorm has them, which adds ``eps`` to variances."""
+    far = (norm.running_mean - mean).abs().max()
+    ratio = (norm.running_var + norm.eps) / (variance + norm.eps)
+    return f"mean moved by up to {far:.3g}, variance multiplied by {ratio.min():.3g} to {ratio.max():.3g}"
 
 
 def _clones(norm: _BatchNorm) -> list[torch.Tensor]:

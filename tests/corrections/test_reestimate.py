@@ -32,12 +32,21 @@ def test_they_are_the_average_of_the_batches_through_quantized_weights():
         y = model[0](x).detach().double().numpy()
         expected.append((y.mean((0, 2, 3)), y.var((0, 2, 3), ddof=1)))
     state = torch.get_rng_state()
-    assert reestimate_batchnorm_(model, batches()) is model
+    before = (model[1].running_mean.clone(), model[1].running_var.clone())
+    done = reestimate_batchnorm_(model, batches())
     assert torch.equal(torch.get_rng_state(), state)
     mean, variance = (np.mean(values, axis=0) for values in zip(*expected, strict=True))
     np.testing.assert_allclose(model[1].running_mean.numpy(), mean, rtol=1e-5)
     np.testing.assert_allclose(model[1].running_var.numpy(), variance, rtol=1e-5)
     assert model[1].num_batches_tracked == 3
+    far, ratio = np.abs(mean - before[0].numpy()).max(), (variance + 1e-5) / (before[1].numpy() + 1e-5)
+    told = f"mean moved by up to {far:.3g}, variance multiplied by {ratio.min():.3g} to {ratio.max():.3g}"
+    assert [a.name for a in done.applied] == ["1", "5"]
+    assert done.applied[0].detail == told
+    # twice is once
+    again = reestimate_batchnorm_(model, [x for (x,) in batches()])
+    assert again.applied == []
+    assert again.left == {"1": "no batch changed it", "5": "no batch changed it"}
     assert (model[1].momentum, model[1].training, model[3].training, model[4].training) == (0.1, True, False, True)
     assert all(p.grad is None for p in model.parameters())
 
