@@ -9,9 +9,10 @@ Every convolution and linear layer has a scale per output channel for its weight
 convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
 batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
-recipe, ``lq-distilled`` has the float model as a teacher beside it. ``--epochs 0`` only calibrates, ``--rate`` is where the
-cosine starts. With ``--graph``, on a GPU, forward and backward come out of a CUDA graph, as launching them one by one takes
-longer than computing; not every peer can be captured.
+recipe, ``lq-distilled`` has the float model as a teacher beside it. Before each look at a trained model of ``lq``, statistics of
+its BatchNorms are estimated anew on 50 train batches, as ``conf/experiment/cifar10_low_bits.yaml`` has it. ``--epochs 0`` only
+calibrates, ``--rate`` is where the cosine starts. With ``--graph``, on a GPU, forward and backward come out of a CUDA graph, as
+launching them one by one takes longer than computing; not every peer can be captured.
 
 Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
 where there are several seeds), and the seconds of an epoch against those of ``float``, if it is asked for. ``--out`` gets
@@ -36,14 +37,15 @@ from timing import describe_machine, timed
 from torch import Tensor, nn
 
 from lq.analysis.tables import Table
+from lq.corrections import reestimate_batchnorm_
 from lq.functional.distill import soft_targets_loss
 from lq.recipes.images import Images, load_images
 from lq.recipes.resnet_cifar import ResNetCifar
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BATCH, EVAL_BATCH, CALIBRATION_BATCHES = 128, 500, 8
+BATCH, EVAL_BATCH, CALIBRATION_BATCHES, BATCHNORM_BATCHES = 128, 500, 8, 50
 FINAL_RATE = 0.01  # of the first
-FLOAT, DISTILLED = "float", "lq-distilled"
+FLOAT, LQ, DISTILLED = "float", "lq", "lq-distilled"
 
 Row = dict[str, Any]
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -73,10 +75,10 @@ class Data:
         for i in range(self.steps):
             yield self.train.__getitems__(order[i * BATCH : (i + 1) * BATCH])
 
-    def calibration(self, seed: int) -> list[Tensor]:
-        """Train batches to calibrate on."""
+    def first(self, batches: int, seed: int) -> list[Tensor]:
+        """Images of so many train batches, in the order of ``seed``."""
         torch.manual_seed(seed)
-        return [images for (images, _), _ in zip(self.epoch(), range(CALIBRATION_BATCHES), strict=False)]
+        return [images for (images, _), _ in zip(self.epoch(), range(batches), strict=False)]
 
     @torch.no_grad()
     def top1(self, model: nn.Module) -> float:
@@ -144,8 +146,10 @@ def captured(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> C
     return replay
 
 
-def fit(model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, loss: Loss) -> Iterator[tuple[float, float]]:
-    """Train; after each epoch its top-1 and its seconds (of training alone)."""
+def fit(
+    model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, loss: Loss, anew: list[Tensor]
+) -> Iterator[tuple[float, float]]:
+    """Train; after each epoch its top-1, with BatchNorm statistics of ``anew``, and its seconds (of training alone)."""
     epochs, rate = arguments.epochs, arguments.rate
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * data.steps, eta_min=FINAL_RATE * rate)
@@ -163,6 +167,8 @@ def fit(model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, 
     for _ in range(epochs):
         model.train()
         seconds = timed(epoch)
+        if anew:
+            reestimate_batchnorm_(model, anew)
         yield data.top1(model), seconds
 
 
@@ -170,12 +176,13 @@ def measured(
     tool: str, bits: int | None, model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, of_float: float | None
 ) -> Row:
     """A row of the table; ``of_float``: seconds of a float epoch."""
-    student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.calibration(seed))
+    student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.first(CALIBRATION_BATCHES, seed))
     row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student)}
     row |= {"epochs": arguments.epochs, "rate": arguments.rate}
     loss = distilled(torch.compile(model) if arguments.compile else model) if tool == DISTILLED else hard
+    anew = data.first(BATCHNORM_BATCHES, seed) if tool in (LQ, DISTILLED) else []
     found = []
-    for accuracy, seconds in fit(student, data, arguments, seed, loss) if bits != 8 and arguments.epochs else ():
+    for accuracy, seconds in fit(student, data, arguments, seed, loss, anew) if bits != 8 and arguments.epochs else ():
         found.append((accuracy, seconds))
         print(f"{tool}, {name_of(bits)}: {accuracy:.2f} % after epoch {len(found)}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:

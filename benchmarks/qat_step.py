@@ -70,15 +70,15 @@ NETWORKS = {"ResNet-20, 128 images": resnet, "encoder, 32x64 tokens": encoder}
 LARGE = {"ResNet-50, 128 images": resnet_50, "encoder of 12 layers, 64x512 tokens": encoder_12}
 
 
-def step(model: nn.Module, x: Tensor, teacher: nn.Module | None = None) -> Step:
-    """A train step of ``model``, towards zeros or what ``teacher`` says."""
+def step(model: nn.Module, x: Tensor, teacher: nn.Module | None = None, bf16: bool = False) -> Step:
+    """A train step of ``model``, towards zeros or what ``teacher`` says, which may compute in bfloat16."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
 
     def run() -> None:
         optimizer.zero_grad()
         y = model(x)
         if teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16) if bf16 else nullcontext():
                 wanted = teacher(x)
             y = y - wanted
         y.square().mean().backward()
@@ -143,7 +143,9 @@ def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, r
         models[PEER] = of_peer(model, x)
     if compiled:
         models, teacher = {name: torch.compile(m) for name, m in models.items()}, torch.compile(teacher)
-    runs = {name: step(m, x) for name, m in models.items()} | {"lq, with a teacher": step(models["lq"], x, teacher)}
+    runs = {name: step(m, x) for name, m in models.items()}
+    for key, bf16 in {"lq, with a teacher": False, "lq, with a teacher in bfloat16": True}.items():
+        runs[key] = step(models["lq"], x, teacher, bf16)
     if not compiled:
         runs["lq, a step that QuantMonitor logs"] = watched(Module(copy.deepcopy(model), x), x)
     found = ratios(runs, rounds)

@@ -104,6 +104,26 @@ def test_the_teacher_computes_in_the_precision_of_the_student(tmp_path, precisio
     assert dtypes == 2 * [torch.float64 if precision == "64-true" else torch.bfloat16]
 
 
+@pytest.mark.parametrize("layers", [None, ["net.4"]])
+def test_the_teacher_alone_may_have_another_precision(tmp_path, layers):
+    dtypes = []
+
+    class Watched(Tiny):
+        def forward(self, x):
+            output = super().forward(x)
+            dtypes.append(output.dtype)
+            return output
+
+    look = Gradients(tiny(), user_and_kl(1.0, 4.0))
+    distill = Distill(layers=layers, precision="bf16-mixed")
+    trainer(tmp_path, distill, look, max_epochs=1, limit_train_batches=1).fit(tiny(Watched), loader())
+    assert dtypes[0] == torch.bfloat16
+    assert set(dtypes[1:]) == {torch.float32}
+    assert {grad.dtype for grad in look.seen[0]} == {torch.float32}
+    if layers is None:
+        torch.testing.assert_close(look.seen, [list(g) for g in look.expected], rtol=0.05, atol=0.005)
+
+
 @pytest.mark.parametrize("layers", [["net.0", "net.4"], ["net.[04]"]])
 def test_layers_are_compared_by_relative_squared_error(tmp_path, layers):
     def loss(student, teacher, x, y):
@@ -373,6 +393,7 @@ def test_layers_that_smoothquant_scaled_are_told(tmp_path):
         ({"temperature": -1.0}, r"`temperature` is -1\.0"),
         ({"layers": "net.*"}, r"`layers` is 'net\.\*'"),
         ({"layers": []}, r"`layers` is \[\]"),
+        ({"precision": "bf16-true"}, "`precision` is 'bf16-true': choose one of bf16-mixed, 16-mixed"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(options, message):
