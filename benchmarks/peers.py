@@ -34,13 +34,12 @@ def run(model: nn.Module, batches: Batches) -> None:
 def of_lq(model: nn.Module, weight_bits: int, input_bits: int, batches: Batches) -> nn.Module:
     """Amax by least squared error; below 8 bits it is then a parameter (LSQ): ``conf/quant/w4a4.yaml``.
 
-    There weights have theirs by least squared error too, and by the largest value with 8 bits; and statistics of BatchNorm are
-    those of the quantized model: ``conf/experiment/cifar10_low_bits.yaml``.
+    Statistics of BatchNorm are then those of the quantized model: ``conf/experiment/cifar10_low_bits.yaml``. With 8 bits amax of
+    weights is the largest value.
     """
 
     def described(bits: int, **options: Any) -> lq.QuantDescriptor:
-        low: dict[str, Any] = {"learn_amax": "lsq", "calib_method": "histogram"} if bits < 8 else {}
-        return lq.QuantDescriptor(bits, narrow_range=False, **low, **options)
+        return lq.QuantDescriptor(bits, narrow_range=False, learn_amax="lsq" if bits < 8 else False, **options)
 
     rules = [
         lq.QuantRule("*", described(input_bits, unsigned=True), described(weight_bits, axis=0)),

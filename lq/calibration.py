@@ -43,8 +43,8 @@ def calibrating(model: M, method: Method = "max", **options: Any) -> Iterator[M]
             them with the least squared error on batches that amax was not computed from (``quantizer.calibrator.method`` says
             which). Or a mapping from patterns on the short names of quantizers (``{"*": "mse", "head.*": "max"}``), of which the
             last match wins, and whose values may have options of their own (``{"*.weight": {"method": "lp", "p": 3}}``). Any but
-            ``max`` collects histograms of inputs; weights follow the ``calib_method`` of their descriptor, and are all there to
-            measure on.
+            ``max`` collects histograms of inputs, and of weights whose step is learned from there; other weights follow the
+            ``calib_method`` of their descriptor. Weights are all there to measure on.
         options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``z_threshold``, ``power_of_two`` ...
 
     Raises:
@@ -97,7 +97,8 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
     choices = choices_by_name(roles, method, options)
     check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
     for name, (quantizer, weight) in roles.items():
-        if weight is None and not suits(quantizer.calibrator, wanted := choices[name].method):
+        wanted = _wanted(quantizer, weight, choices[name].method)
+        if not suits(quantizer.calibrator, wanted):
             missing = "batches held out" if wanted == AUTO else "histogram"
             raise ValueError(f"`{name}` has no {missing} for method {wanted!r}: calibrate with that method.")
     calibrators = {name: quantizer.calibrator for name, (quantizer, _) in roles.items() if name not in unseen}
@@ -142,6 +143,20 @@ def _needed(method: str) -> type[HistogramCalibrator]:
     return HeldOutCalibrator if method == AUTO else HistogramCalibrator
 
 
+def _wanted(quantizer: TensorQuantizer, weight: Tensor | None, method: str) -> str:
+    """The method that decides which statistics a quantizer has to have: for weights any will do, unless a step is learned.
+
+    Few bits are what is learned, and leave most weights 0 where the step begins at the largest one. Blocks are too many for
+    histograms.
+    """
+    if weight is None:
+        return method
+    desc = quantizer.quant_desc
+    learned = isinstance(desc.learn_amax, str) and not desc.affine and desc.block_size is None
+    # nothing of a weight has to be held out
+    return "mse" if learned and method not in ("max", "noclipping") else "max"
+
+
 def suits(calibrator: Calibrator, method: str) -> bool:
     """Whether a calibrator collects what a method needs; the largest magnitude is kept by all."""
     if isinstance(calibrator, AffineCalibrator):
@@ -169,7 +184,7 @@ def observe_(model: M, method: Method = "max", *, keep: bool = False) -> M:
     check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
     for name, (quantizer, weight) in roles.items():
         if not keep:
-            _prepare(quantizer, "max" if weight is not None else choices[name].method)
+            _prepare(quantizer, _wanted(quantizer, weight, choices[name].method))
         quantizer._if_calib = weight is None
     return model
 

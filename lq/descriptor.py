@@ -57,8 +57,8 @@ class QuantDescriptor:
         fake_quant: return real values on the grid; ``False`` returns the integer codes (in a floating dtype).
         axis: dimensions that keep an amax of their own, an int or several; ``None`` is per tensor.
         amax: a fixed amax, number or (nested) list; ``None`` leaves it to calibration. With ``learn_amax`` where learning starts.
-        learn_amax: learn amax by gradient. ``"lsq"`` learns the step size from what is rounded and clipped, with LSQ's scaled
-            gradient (both ends of an ``affine`` range: LSQ+), ``"pact"`` from what is clipped only
+        learn_amax: learn amax by gradient, from where calibration puts it. ``"lsq"`` learns the step size from what is rounded
+            and clipped, with LSQ's scaled gradient (both ends of an ``affine`` range: LSQ+), ``"pact"`` from what is clipped only
             (:func:`lq.functional.learned.fake_quant_learned`). ``True`` is pytorch-quantization's: two bounds to clip to, and
             an ``amax`` to start from (:class:`lq.nn.Clip`).
         scale_amax: a number to multiply every amax with, for quick experiments.

@@ -97,6 +97,21 @@ def test_weights_follow_the_calibrator_of_their_descriptor():
     assert (model[5].weight_quantizer.amax < 0.7 * compute_amax(model[5].weight, 0)).all()
 
 
+@pytest.mark.parametrize("method", ["mse", "auto"])
+def test_a_step_that_is_learned_starts_where_the_method_says(method):
+    learned = INT8_WEIGHT.replace(num_bits=2, learn_amax="lsq")
+    rules = [QuantRule("0", INT8_INPUT, learned), QuantRule("1", INT8_INPUT, learned.replace(block_size=32))]
+    torch.manual_seed(0)
+    model = quantize_(nn.Sequential(nn.Linear(2048, 64), nn.Linear(64, 3)), rules)
+    calibrated(model, torch.randn(4, 8, 2048), method)
+    # three levels for numbers that are uniform lie 2/3 of the largest apart, within what 2048 samples allow
+    amax, largest = model[0].weight_quantizer.amax, compute_amax(model[0].weight, 0)
+    torch.testing.assert_close(amax, largest * 2 / 3, rtol=0.05, atol=0)
+    # blocks are too many for histograms
+    blocks = model[1].weight.view(3, 2, 32).abs().amax(2)
+    assert torch.equal(model[1].weight_quantizer.amax.view(3, 2), blocks)
+
+
 def test_weight_only_needs_no_histogram_and_one_forward():
     model = calibrated(quantize_(network(), "int8_weight_only"), batches(1), "mse")
     assert torch.equal(model[0].weight_quantizer.amax, compute_amax(model[0].weight, 0))

@@ -76,7 +76,8 @@ def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice)
 def test_what_low_bits_need_is_switched_by_the_config(tmp_path):
     low = ["experiment=cifar10_low_bits", "quant=w2a2", "data.path=pictures"]
     callbacks = instantiate(config(tmp_path, *low).callbacks)
-    assert callbacks["batchnorm"].batches == 0
+    assert callbacks["batchnorm"].batches == 50
+    assert [correction.func for correction in callbacks["quantize"].corrections] == [lq.corrections.reestimate_batchnorm_]
     assert (callbacks["settle"].damping, callbacks["settle"].freeze) == (0, None)
     assert callbacks["bits"].bits == {}
     assert not callbacks["quantize"].rules[0]["weight"]["normalize"]
@@ -88,6 +89,20 @@ def test_what_low_bits_need_is_switched_by_the_config(tmp_path):
     assert callbacks["bits"].bits == {0: 4, "1 epoch": 3, "2 epochs": 2}
     assert (callbacks["settle"].damping, callbacks["settle"].freeze, callbacks["settle"].after) == (1e-3, [0.04, 0.01], 0.5)
     assert callbacks["quantize"].rules[0]["weight"]["normalize"] == "center"
+
+
+def test_steps_of_low_bits_start_within_the_largest_weight(tmp_path):
+    cfg = config(tmp_path, "experiment=cifar10_low_bits", "quant=w2a2", "data.path=pictures")
+    quantize, model = instantiate(cfg.callbacks)["quantize"], instantiate(cfg.model)
+    with lq.calibrating(lq.quantize_(model, quantize.rules), quantize.method):
+        model(torch.randn(2, 3, 32, 32))
+
+    def share(layer):
+        return layer.weight_quantizer.amax / layer.weight.abs().amax((1, 2, 3), keepdim=True)
+
+    # at the largest weight, nearly all others would be 0
+    assert share(model.layer1[0].conv1).max() < 0.9
+    assert torch.equal(share(model.conv1), torch.ones(16, 1, 1, 1))
 
 
 def test_corrections_from_a_config(tmp_path):
