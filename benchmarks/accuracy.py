@@ -9,10 +9,11 @@ Every convolution and linear layer has a scale per output channel for its weight
 convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
 batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
-recipe, ``lq-distilled`` has the float model as a teacher beside it. Before each look at a trained model of ``lq``, statistics of
-its BatchNorms are estimated anew on 50 train batches, as ``conf/experiment/cifar10_low_bits.yaml`` has it. ``--epochs 0`` only
-calibrates, ``--rate`` is where the cosine starts. With ``--graph``, on a GPU, forward and backward come out of a CUDA graph, as
-launching them one by one takes longer than computing; not every peer can be captured.
+recipe, ``lq-distilled`` has the float model as a teacher beside it. Below 8 bits statistics of BatchNorm are estimated anew for
+``lq``, as ``conf/experiment/cifar10_low_bits.yaml`` has it: behind calibration on its batches, and on 50 train batches before
+each look at the trained model. ``--epochs 0`` only calibrates, ``--rate`` is where the cosine starts. With ``--graph``, on a
+GPU, forward and backward come out of a CUDA graph, as launching them one by one takes longer than computing; not every peer can
+be captured.
 
 Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
 where there are several seeds), and the seconds of an epoch against those of ``float``, if it is asked for. ``--out`` gets
@@ -180,9 +181,10 @@ def measured(
     row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student)}
     row |= {"epochs": arguments.epochs, "rate": arguments.rate}
     loss = distilled(torch.compile(model) if arguments.compile else model) if tool == DISTILLED else hard
-    anew = data.first(BATCHNORM_BATCHES, seed) if tool in (LQ, DISTILLED) else []
+    trains = bits != 8 and arguments.epochs
+    anew = data.first(BATCHNORM_BATCHES, seed) if trains and tool in (LQ, DISTILLED) else []
     found = []
-    for accuracy, seconds in fit(student, data, arguments, seed, loss, anew) if bits != 8 and arguments.epochs else ():
+    for accuracy, seconds in fit(student, data, arguments, seed, loss, anew) if trains else ():
         found.append((accuracy, seconds))
         print(f"{tool}, {name_of(bits)}: {accuracy:.2f} % after epoch {len(found)}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:

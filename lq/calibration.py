@@ -12,8 +12,10 @@ from lq.calib import (
     Calibrator,
     HeldOutCalibrator,
     HistogramCalibrator,
+    MaxCalibrator,
     compute_amaxs,
     failing_together,
+    histogram_amax,
     sync_calibrators,
 )
 from lq.functional.affine_range import METHODS as AFFINE_METHODS
@@ -43,8 +45,8 @@ def calibrating(model: M, method: Method = "max", **options: Any) -> Iterator[M]
             them with the least squared error on batches that amax was not computed from (``quantizer.calibrator.method`` says
             which). Or a mapping from patterns on the short names of quantizers (``{"*": "mse", "head.*": "max"}``), of which the
             last match wins, and whose values may have options of their own (``{"*.weight": {"method": "lp", "p": 3}}``). Any but
-            ``max`` collects histograms of inputs, and of weights whose step is learned from there; other weights follow the
-            ``calib_method`` of their descriptor. Weights are all there to measure on.
+            ``max`` collects histograms of inputs; weights follow the ``calib_method`` of their descriptor, and are all there to
+            measure on. A step that is learned from a weight starts where the method says in any case.
         options: of :meth:`lq.calib.HistogramCalibrator.compute_amax`: ``percentile``, ``z_threshold``, ``power_of_two`` ...
 
     Raises:
@@ -97,12 +99,11 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
     choices = choices_by_name(roles, method, options)
     check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
     for name, (quantizer, weight) in roles.items():
-        wanted = _wanted(quantizer, weight, choices[name].method)
-        if not suits(quantizer.calibrator, wanted):
+        if weight is None and not suits(quantizer.calibrator, wanted := choices[name].method):
             missing = "batches held out" if wanted == AUTO else "histogram"
             raise ValueError(f"`{name}` has no {missing} for method {wanted!r}: calibrate with that method.")
     calibrators = {name: quantizer.calibrator for name, (quantizer, _) in roles.items() if name not in unseen}
-    for name, amax in amaxs_by_name(calibrators, choices).items():
+    for name, amax in (amaxs_by_name(calibrators, choices) | _steps_by_name(roles, choices)).items():
         quantizer = roles[name][0]
         quantizer.amax = _between(amax, quantizer.amax, momentum)
     for name, ends in ranges_by_name(calibrators, choices).items():
@@ -110,6 +111,26 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
         low, high = (_between(*pair, momentum) for pair in zip(ends, quantizer.range or (None, None), strict=True))
         quantizer.range = low, high
     return model
+
+
+def _steps_by_name(roles: Roles, choices: dict[str, Choice]) -> dict[str, Tensor]:
+    """Amax of weights from which a step is then learned, by their method.
+
+    Few bits are what is learned, and leave most weights 0 where the step begins at the largest one. All of a weight is there, so
+    none of its histograms is kept.
+    """
+    found = {}
+    for name, (quantizer, weight) in roles.items():
+        desc, calibrator, choice = quantizer.quant_desc, quantizer.calibrator, choices[name]
+        learned = isinstance(desc.learn_amax, str) and isinstance(calibrator, MaxCalibrator)
+        if weight is None or not learned or choice.method in ("max", "noclipping"):
+            continue
+        # nothing has to be held out, and where all is measured on, least squared error has least squared error
+        method = "mse" if choice.method == AUTO else choice.method
+        x = quantizer.normalized(quantizer.blocks(weight))
+        found[name] = histogram_amax(x, calibrator, desc.num_bins, method, **dict(choice.options))
+        calibrator.method = method
+    return found
 
 
 def _between(new: Tensor, present: Tensor | None, momentum: float) -> Tensor:
@@ -143,20 +164,6 @@ def _needed(method: str) -> type[HistogramCalibrator]:
     return HeldOutCalibrator if method == AUTO else HistogramCalibrator
 
 
-def _wanted(quantizer: TensorQuantizer, weight: Tensor | None, method: str) -> str:
-    """The method that decides which statistics a quantizer has to have: for weights any will do, unless a step is learned.
-
-    Few bits are what is learned, and leave most weights 0 where the step begins at the largest one. Blocks are too many for
-    histograms.
-    """
-    if weight is None:
-        return method
-    desc = quantizer.quant_desc
-    learned = isinstance(desc.learn_amax, str) and not desc.affine and desc.block_size is None
-    # nothing of a weight has to be held out
-    return "mse" if learned and method not in ("max", "noclipping") else "max"
-
-
 def suits(calibrator: Calibrator, method: str) -> bool:
     """Whether a calibrator collects what a method needs; the largest magnitude is kept by all."""
     if isinstance(calibrator, AffineCalibrator):
@@ -184,7 +191,7 @@ def observe_(model: M, method: Method = "max", *, keep: bool = False) -> M:
     check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
     for name, (quantizer, weight) in roles.items():
         if not keep:
-            _prepare(quantizer, _wanted(quantizer, weight, choices[name].method))
+            _prepare(quantizer, "max" if weight is not None else choices[name].method)
         quantizer._if_calib = weight is None
     return model
 

@@ -62,7 +62,8 @@ class QuantDescriptor:
             (:func:`lq.functional.learned.fake_quant_learned`). ``True`` is pytorch-quantization's: two bounds to clip to, and
             an ``amax`` to start from (:class:`lq.nn.Clip`).
         scale_amax: a number to multiply every amax with, for quick experiments.
-        calib_method: statistics the quantizer's calibrator takes: ``"max"`` or ``"histogram"``.
+        calib_method: statistics the quantizer's calibrator takes, ``"max"`` or ``"histogram"``; with a learned step amax of a
+            weight follows the method of the calibration in any case.
         unsigned: codes from 0 to ``2**num_bits - 1``.
         narrow_range: signed codes leave out the most negative one: [-127, 127] in place of [-128, 127].
         num_bins: resolution of the histogram.

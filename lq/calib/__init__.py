@@ -8,7 +8,7 @@ from lq.calib.max import MaxCalibrator
 from lq.calib.statistics import load_statistics, read_statistics, save_statistics
 from lq.calib.sync import failing_together, gather, sync_calibrators
 from lq.calib.together import compute_amaxs
-from lq.calib.weights import calibrate_weights
+from lq.calib.weights import calibrate_weights, histogram_amax
 
 __all__ = [
     "AffineCalibrator",
@@ -20,6 +20,7 @@ __all__ = [
     "compute_amaxs",
     "failing_together",
     "gather",
+    "histogram_amax",
     "load_statistics",
     "read_statistics",
     "save_statistics",

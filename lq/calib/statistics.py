@@ -53,7 +53,8 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
     about: dict[str, dict[str, Any]] = {}
     for name, owner in _owners(model):
         calibrator = _calibrator(owner)
-        if calibrator.collected:
+        # of a step that is learned amax did not come from these, and another method would have nothing to go by
+        if calibrator.collected and not (isinstance(calibrator, MaxCalibrator) and calibrator.method not in (None, "max")):
             states = {key: v for key, v in calibrator.statistics().items() if isinstance(v, Tensor)}
             tensors |= {f"{name}.{state}": value.cpu().contiguous() for state, value in states.items()}
             about[name] = _described(calibrator)

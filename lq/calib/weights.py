@@ -1,13 +1,16 @@
 """Calibrate the weights of a model at once, from histograms."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lq.calib.calibrator import Calibrator
 from lq.calib.histogram import HistogramCalibrator
+from lq.calib.max import MaxCalibrator
 
-# Channels of a weight that are looked at in one go.
+# Histograms that there are at a time.
 ROWS = 256
 
 
@@ -45,7 +48,10 @@ def calibrate_weights(
                 continue
             if quantizer.frozen or quantizer.learned or quantizer.quant_desc.block_size is not None:
                 raise ValueError(f"The amax of `{name}.{role}` is frozen, learned or of blocks: `lq.calibrating` handles those.")
-            amaxs[quantizer] = _amax(weight, quantizer, axis, num_bins, method, percentile, f"{name}.{role}")
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"NaN or Inf in `{name}.{role}`: its amax cannot be computed.")
+            like = MaxCalibrator(quantizer.num_bits, axis, quantizer.unsigned)
+            amaxs[quantizer] = histogram_amax(weight, like, num_bins, method, percentile=percentile)
     if not amaxs:
         raise ValueError(f"{type(model).__name__} has no enabled weight quantizer: call `lq.quantize_` first.")
     for quantizer, amax in amaxs.items():
@@ -54,15 +60,30 @@ def calibrate_weights(
         quantizer.amax = amax
 
 
-def _amax(weight: Tensor, quantizer: Any, axis: int | None, num_bins: int, method: str, percentile: float, name: str) -> Tensor:
-    parts = []
+@torch.no_grad()
+def histogram_amax(x: Tensor, like: Calibrator, num_bins: int, method: str, **options: Any) -> Tensor:
+    """Amax of what is all there by ``method``, without a histogram that stays.
+
+    Args:
+        x: values, finite.
+        like: says width, axis and sign.
+        num_bins: resolution of the histograms.
+        method: a key of :data:`lq.functional.threshold.METHODS`.
+        options: of :meth:`HistogramCalibrator.compute_amax`.
+
+    >>> from lq.calib import MaxCalibrator
+    >>> histogram_amax(torch.tensor([[1.0, 1.0, 4.0], [2.0, 2.0, 2.0]]), MaxCalibrator(8, 0), 2048, "percentile", percentile=50)
+    tensor([[1.0020],
+            [2.0000]])
+    """
+    axes = like.axis if isinstance(like.axis, tuple) else (like.axis,)
     # a histogram takes 32 KiB: not all channels of a large layer at once
-    for rows in torch.split(weight, ROWS) if axis == 0 else [weight]:
-        calibrator = HistogramCalibrator(quantizer.num_bits, axis, quantizer.unsigned, num_bins).to(weight.device)
+    each = max(1, ROWS // math.prod(x.shape[i] for i in axes if i)) if 0 in axes else len(x)
+    amaxs = []
+    for rows in torch.split(x, each):
+        calibrator = HistogramCalibrator(like.num_bits, like.axis, like.unsigned, num_bins).to(x.device)
         calibrator.collect(rows)
-        if not calibrator.finite:
-            raise ValueError(f"NaN or Inf in `{name}`: its amax cannot be computed.")
-        amax = calibrator.compute_amax(method, percentile=percentile)
+        amax = calibrator.compute_amax(method, **options)
         assert amax is not None
-        parts.append(amax)
-    return torch.cat(parts) if axis == 0 else parts[0]
+        amaxs.append(amax)
+    return torch.cat(amaxs) if len(amaxs) > 1 else amaxs[0]

@@ -15,6 +15,7 @@ from lq.corrections import (
     Correction,
     Corrections,
     activation_channel_equalization_,
+    batchnorms,
     reestimate_batchnorm_,
     shift_negative_activation_correction_,
     weights_bias_correction_,
@@ -26,7 +27,8 @@ from lq.surgery import dequantize_, quantize_as_
 
 # Those that need a bias where they change a layer.
 NEED_BIAS = (shift_negative_activation_correction_, weights_bias_correction_)
-# Those that make up for what quantization did, and so run behind calibration.
+# Those that make up for what quantization did, and so run behind calibration; in this order, as statistics that are those of the
+# quantized model take up the mean of the error too.
 AFTERWARDS = (weights_bias_correction_, reestimate_batchnorm_)
 
 
@@ -85,4 +87,16 @@ def correct_float_(
             found[name_of(correction)] = partial(correction, **options)(pl_module, batches)
     finally:
         quantize_as_(pl_module, rules, placement)
+    return found
+
+
+def correct_quantized_(
+    pl_module: LightningModule, corrections: Sequence[Correction], batches: list[tuple[Any, ...]]
+) -> dict[str, Corrections]:
+    """Correct a calibrated module, in place; BatchNorms that it holds in evaluation stay."""
+    found = {}
+    for correction in sorted(corrections, key=lambda c: AFTERWARDS.index(function_of(c))):
+        anew = function_of(correction) is reestimate_batchnorm_
+        options = {"norms": [norm for norm in batchnorms(pl_module) if norm.training]} if anew else {}
+        found[name_of(correction)] = partial(correction, **options)(pl_module, batches)
     return found

@@ -53,7 +53,7 @@ class Distill(Callback):
             own, the teacher runs ``training_step``, on the same random numbers.
         precision: the Trainer's word for what the teacher computes in, ``"bf16-mixed"`` or ``"16-mixed"``; by default as the
             Trainer has it. A student that trains in float32 loses nothing by a teacher in bfloat16, which takes less time where
-            the device has the arithmetic.
+            the device has the arithmetic. Float64 stays what it is.
 
     Raises:
         ValueError: an argument out of range.
@@ -75,9 +75,7 @@ class Distill(Callback):
         if isinstance(layers, str) or (layers is not None and not layers):
             raise ValueError(f"`layers` is {layers!r}: give a list of names or wildcards, or None for the module's output.")
         if precision is not None and precision not in AUTOCAST:
-            raise ValueError(
-                f"`precision` is {precision!r}: choose one of {', '.join(map(str, AUTOCAST))}, or None for the Trainer's."
-            )
+            raise ValueError(f"`precision` is {precision!r}: choose one of {', '.join(AUTOCAST)}, or None for the Trainer's.")
         self.weight, self.temperature, self.layers, self.precision = weight, temperature, layers, precision
         self.teacher: Any = None
         self._student: LightningModule | None = None
@@ -155,9 +153,9 @@ class Distill(Callback):
         kind = pl_module.device.type
         with nullcontext() if self.precision is None else torch.autocast(kind, AUTOCAST[self.precision]):
             targets = outputs_of(self.teacher, self._names, run, inputs)
-        if self._fresh and self._names:
-            with unquantized(pl_module), evaluating(pl_module):
-                warn_if_rescaled(outputs_of(pl_module, self._names, run, inputs), targets)
+            if self._fresh and self._names:
+                with unquantized(pl_module), evaluating(pl_module):
+                    warn_if_rescaled(outputs_of(pl_module, self._names, run, inputs), targets)
         self._fresh = False
         self._calls.append((targets, *watch(pl_module, self._names)))
 

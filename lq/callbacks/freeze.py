@@ -120,7 +120,8 @@ class ScaleFreeze(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._observed:
-            checkpoint[STATISTICS] = gather({name: q.calibrator.statistics() for name, q in named_quantizers(pl_module)})
+            moving = {name: q for name, q in named_quantizers(pl_module) if not q.fixed}
+            checkpoint[STATISTICS] = gather({name: q.calibrator.statistics() for name, q in moving.items()})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get(STATISTICS, [])

@@ -18,7 +18,7 @@ from lq.calib.statistics import require_safetensors
 from lq.calibration import calibrating
 from lq.callbacks.best import Best, monitored
 from lq.callbacks.building import averages, averaging_later, build, check_strategy
-from lq.callbacks.correcting import AFTERWARDS, add_biases_, correct_float_, function_of, name_of, positional
+from lq.callbacks.correcting import AFTERWARDS, add_biases_, correct_float_, correct_quantized_, function_of, positional
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.keeping import KeepsWeights
 from lq.callbacks.placing import await_learned_, place_
@@ -41,7 +41,7 @@ class Quantize(KeepsWeights):
 
     A checkpoint of the fit has everything: on resume, in ``test`` or in ``predict`` the quantizers are placed again and their
     scales come from the checkpoint, without another calibration. Calibration runs in evaluation mode without gradients, logs
-    nothing, and leaves random numbers, the order of the data, and BatchNorm statistics as they were.
+    nothing, and leaves random numbers, the order of the data, and (without a correction) BatchNorm statistics as they were.
 
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
@@ -53,9 +53,9 @@ class Quantize(KeepsWeights):
         batches: train batches to calibrate on, on each rank.
         alpha: SmoothQuant's migration strength: a number in [0, 1], numbers by patterns on names, or ``"auto"``, as for
             :meth:`lq.RescalingCalibrator.rescale`; ``None`` does not rescale.
-        corrections: what else to do before calibration, in this order: functions of :mod:`lq.corrections`, their options bound by
-            ``functools.partial``. They run on the ``batches`` train batches, of which ``forward`` takes positional inputs;
-            ``weights_bias_correction_`` and ``reestimate_batchnorm_`` after calibration. :attr:`corrected` says what was done.
+        corrections: what else to do, functions of :mod:`lq.corrections`, their options bound by ``functools.partial``. They run
+            on the ``batches`` train batches, of which ``forward`` takes positional inputs, before calibration and in this order;
+            ``weights_bias_correction_`` and then ``reestimate_batchnorm_`` run after it. :attr:`corrected` says what was done.
         excluded_modules: left out of rescaling, as for :class:`lq.RescalingCalibrator`.
         stages: run the module's whole validation as float, calibrated, rescaled and, after the fit, QAT; :attr:`stages` has the
             metrics, and loggers get them as ``<stage>/<metric>``.
@@ -195,9 +195,9 @@ class Quantize(KeepsWeights):
         if first:
             self.corrected = correct_float_(pl_module, self.rules, first, self._positional(trainer, pl_module))
         self._calibrate_and_rescale(trainer, pl_module)
-        for correction in last:
-            self.corrected[name_of(correction)] = correction(pl_module, self._positional(trainer, pl_module))
         if last:
+            with trainer.precision_plugin.forward_context():
+                self.corrected |= correct_quantized_(pl_module, last, self._positional(trainer, pl_module))
             self._validate(trainer, pl_module, "corrected")
 
     def _calibrate_and_rescale(self, trainer: Trainer, pl_module: LightningModule) -> None:

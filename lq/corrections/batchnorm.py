@@ -49,7 +49,9 @@ def reestimating_batchnorm(model: M, norms: Iterable[_BatchNorm] | None = None) 
     """
     chosen = batchnorms(model) if norms is None else list(norms)
     if not chosen:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm that keeps statistics: there is nothing to estimate.")
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm to estimate: none keeps statistics, or all are held in evaluation."
+        )
     before = [(norm, norm.momentum, norm.training, _clones(norm)) for norm in chosen]
     done = False
     try:
@@ -70,7 +72,7 @@ def reestimating_batchnorm(model: M, norms: Iterable[_BatchNorm] | None = None) 
                 _put_back_(norm, values)
 
 
-def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> Corrections:
+def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any], norms: Iterable[_BatchNorm] | None = None) -> Corrections:
     """Give BatchNorms the statistics of ``batches``, in place, as :func:`reestimating_batchnorm` says.
 
     Worth most behind calibration to few bits, before anything is trained: there all that rounding does to means and variances
@@ -79,6 +81,7 @@ def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> Correctio
     Args:
         model: calibrated.
         batches: positional inputs of the forward, each a tuple, list or tensor; of the size that training has.
+        norms: those to estimate; by default all of ``model`` that keep statistics.
 
     Returns:
         What was done, by the BatchNorms; those that no batch changed are left.
@@ -92,16 +95,16 @@ def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> Correctio
     >>> model[0].running_mean
     tensor([2.])
     """
-    found = set(batchnorms(model))
-    norms: dict[str, Any] = {name or type(m).__name__: m for name, m in model.named_modules() if m in found}
-    before = {name: _clones(norm) for name, norm in norms.items()}
-    with reestimating_batchnorm(model):
+    chosen = set(batchnorms(model) if norms is None else norms)
+    named: dict[str, Any] = {name or type(m).__name__: m for name, m in model.named_modules() if m in chosen}
+    before = {name: _clones(norm) for name, norm in named.items()}
+    with reestimating_batchnorm(model, named.values()):
         for batch in batches:
             model(*on_device_of(model, as_args(batch)))
-    changed = {n: norm for n, norm in norms.items() if not all(map(torch.equal, _clones(norm), before[n]))}
+    changed = {n: norm for n, norm in named.items() if not all(map(torch.equal, _clones(norm), before[n]))}
     return Corrections(
         [Applied(name, _moved(norm, *before[name][:2])) for name, norm in changed.items()],
-        {name: "no batch changed it" for name in norms if name not in changed},
+        {name: "no batch changed it" for name in named if name not in changed},
     )
 
 

@@ -78,6 +78,18 @@ class Remember(Quantize):
             self.found = copy.deepcopy(pl_module.state_dict())
 
 
+def test_statistics_are_estimated_behind_biases_and_not_those_that_are_held(tmp_path):
+    callback = Quantize(corrections=[reestimate_batchnorm_, weights_bias_correction_])
+    fit(tmp_path, callback)
+    assert list(callback.corrected) == ["weights_bias_correction", "reestimate_batchnorm"]
+
+    held = Net()
+    held.norm.eval()
+    with pytest.raises(ValueError, match="Net has no BatchNorm to estimate"):
+        fit(tmp_path, Quantize(corrections=[reestimate_batchnorm_]), model=held)
+    assert torch.equal(held.norm.running_mean, torch.zeros(8))
+
+
 @pytest.mark.parametrize("target", [None, "tensorrt"])
 def test_corrections_of_a_fit_are_those_of_the_functions(tmp_path, target):
     callback = Remember("int8", corrections=ALL, alpha=None, batches=4, method="max", target=target)

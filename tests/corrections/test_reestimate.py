@@ -63,7 +63,7 @@ def test_what_goes_wrong_changes_nothing():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert model[1].momentum == 0.1
-    with pytest.raises(ValueError, match="Linear has no BatchNorm that keeps statistics"):
+    with pytest.raises(ValueError, match="Linear has no BatchNorm to estimate"):
         reestimate_batchnorm_(nn.Linear(2, 2), [])
 
 
