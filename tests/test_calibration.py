@@ -112,6 +112,9 @@ def test_a_step_that_is_learned_starts_where_the_method_says(tmp_path, method):
     assert {q.calibrator.method for q in (model[0].weight_quantizer, model[1].weight_quantizer)} == {"mse"}
     # with statistics that are the largest values alone, another method would put the steps there
     assert read_statistics(save_statistics(model, tmp_path / "statistics.safetensors")).keys() == {"0.input", "1.input"}
+    alone = quantize_(nn.Sequential(nn.Linear(8, 2)), [QuantRule("*", None, learned)])
+    calibrated(alone, torch.randn(1, 4, 8), method)
+    assert read_statistics(save_statistics(alone, tmp_path / "none.safetensors")) == {}
 
 
 def test_weight_only_needs_no_histogram_and_one_forward():

@@ -26,6 +26,8 @@ KINDS: dict[str, type[Calibrator]] = {
 def save_statistics(model: nn.Module, path: str | Path) -> Path:
     """Write the statistics of all calibrators that saw data, under the short names of their quantizers.
 
+    Weights from which a step is learned have none: their amax came from the weights themselves.
+
     Args:
         model: holds quantizers.
         path: a file, by custom ``.safetensors``; it is written whole or, on any error, not at all.
@@ -49,17 +51,18 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
     from safetensors.torch import save_file
 
     path = Path(path)
-    tensors: dict[str, Tensor] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for name, owner in _owners(model):
-        calibrator = _calibrator(owner)
-        # of a step that is learned amax did not come from these, and another method would have nothing to go by
-        if calibrator.collected and not (isinstance(calibrator, MaxCalibrator) and calibrator.method not in (None, "max")):
-            states = {key: v for key, v in calibrator.statistics().items() if isinstance(v, Tensor)}
-            tensors |= {f"{name}.{state}": value.cpu().contiguous() for state, value in states.items()}
-            about[name] = _described(calibrator)
-    if not tensors:
+    collected = {name: c for name, owner in _owners(model) if (c := _calibrator(owner)).collected}
+    if not collected:
         raise ValueError(f"No calibrator of {type(model).__name__} saw data: calibrate before you save its statistics.")
+    # of a learned step amax did not come from its calibrator, and another method would have nothing to go by
+    told = {n: c for n, c in collected.items() if not (isinstance(c, MaxCalibrator) and c.method not in (None, "max"))}
+    tensors = {
+        f"{name}.{state}": value.cpu().contiguous()
+        for name, calibrator in told.items()
+        for state, value in calibrator.statistics().items()
+        if isinstance(value, Tensor)
+    }
+    about = {name: _described(calibrator) for name, calibrator in told.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as file:
         save_file(tensors, file, {"calibrators": json.dumps(about)})

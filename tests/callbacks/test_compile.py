@@ -93,13 +93,14 @@ def test_under_ddp(tmp_path, graphs):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_stages_of_bits_are_calibrated_in_eager_code(tmp_path, graphs, recompute):
     rules = [lq.QuantRule("*", lq.QuantDescriptor(2, learn_amax="lsq"), lq.QuantDescriptor(2, axis=0, learn_amax="lsq"))]
-    qat = lambda: [Quantize(rules, alpha=None, recompute=recompute), ProgressiveBits({0: 4, 4: 3, 8: 2})]  # noqa: E731
+    # from elsewhere a weight comes to lie between two codes in the last step, where a difference of 4e-8 chooses one of them
+    method = {"*": "mse", "*.weight": "max"}
+    qat = lambda: [Quantize(rules, method=method, alpha=None, recompute=recompute), ProgressiveBits({0: 4, 4: 3, 8: 2})]  # noqa: E731
     plain, expected = fitted(tmp_path, None, qat=qat())
     model, found = fitted(tmp_path, graphs, qat=qat())
     assert len(graphs) == 3
     torch.testing.assert_close(found.train, expected.train)
-    # a step adds up its gradient in another order, and is learned from; a calibration that was not eager gives another amax
-    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
 def test_every_fit_of_a_process_is_compiled(tmp_path, graphs):
