@@ -4,6 +4,7 @@ from lq.corrections.batchnorm import batchnorms, reestimate_batchnorm_, reestima
 from lq.corrections.bias import weights_bias_correction_
 from lq.corrections.equalization import activation_channel_equalization_
 from lq.corrections.input_scaling import input_scaling_
+from lq.corrections.places import RecordingError
 from lq.corrections.ranges import power_of_two
 from lq.corrections.record import Applied, Correction, Corrections
 from lq.corrections.relu_bound import relu_unbound_correction_
@@ -14,6 +15,7 @@ __all__ = [
     "Applied",
     "Correction",
     "Corrections",
+    "RecordingError",
     "activation_channel_equalization_",
     "batchnorms",
     "input_scaling_",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -84,6 +85,10 @@ class Places:
         return f"{type(call.target).__name__} `{self.names.get(call.target, '')}`"
 
 
+class RecordingError(RuntimeError):
+    """A model that runs, but not while it is recorded who feeds whom."""
+
+
 def find_places(model: nn.Module, args: Any) -> Places:
     """Run a float model once, in evaluation, and find its places.
 
@@ -93,6 +98,7 @@ def find_places(model: nn.Module, args: Any) -> Places:
 
     Raises:
         ValueError: the model has quantized layers, or there are no inputs.
+        RecordingError: the model does not run while it is recorded.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
@@ -104,8 +110,14 @@ def find_places(model: nn.Module, args: Any) -> Places:
         raise ValueError("The model has quantized layers: corrections come before `lq.quantize_` (`lq.dequantize_` undoes it).")
     register_known(model)
     example = example_inputs(model, args, why="A correction has the model run once")
-    with without_fast_paths(model):
-        flow = trace(fed := _Fed(model), *example)
+    fed = _Fed(model)
+    try:
+        with without_fast_paths(model):
+            flow = trace(fed, *example)
+    except torch.OutOfMemoryError:
+        raise  # of another run too
+    except (TypeError, RuntimeError) as error:
+        raise RecordingError(f"the model's run cannot be recorded: {error}") from error
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     tied = shared_parameters(model)
     groups = find_groups(flow, [m for m in names if is_layer(m)], tied, set())

@@ -11,7 +11,7 @@ from lq.analysis.calibration import calibration_rows
 from lq.analysis.outputs import PLAIN
 from lq.calib import failing_together
 from lq.calibration import load_calib_amax_, merge_statistics_, observe_, stop_observing_
-from lq.corrections import Corrections, weights_bias_correction_
+from lq.corrections import Corrections, RecordingError, weights_bias_correction_
 from lq.descriptor import QuantDescriptor, QuantRule
 from lq.methods import Method
 from lq.nn.evaluating import evaluating
@@ -73,8 +73,8 @@ def post_training_quantization(
     for name, correction in config.corrections().items():
         try:
             corrected, done[name] = _corrected(candidate, correction, fed)
-        except (TypeError, RuntimeError, NotImplementedError) as error:
-            done[name] = Corrections(left={"": f"the model's run cannot be recorded: {error}"})
+        except RecordingError as error:
+            done[name] = Corrections(left={"": str(error)})
         if done[name].applied:
             candidate = corrected
             quantized = _quantized(candidate, fed, config, target)

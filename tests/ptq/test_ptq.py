@@ -324,6 +324,19 @@ def test_a_run_that_cannot_be_recorded_is_named():
     assert "| ReLUs bound | model | left: the model's run cannot be recorded: not inside of a mode |" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("place", "error"), [("relu_bound.input_ranges", RuntimeError), ("places.trace", torch.OutOfMemoryError)]
+)
+def test_what_else_goes_wrong_in_a_correction_is_not_taken_for_a_recording(monkeypatch, place, error):
+    def fails(*args, **kwargs):
+        raise error("no")
+
+    monkeypatch.setattr(f"lq.corrections.{place}", fails)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(error, match="no"):
+        post_training_quantization(model, [torch.randn(8, 3)], QuantizationConfig(relu_unbound_correction=True))
+
+
 def test_layers_that_no_batch_reached(batches):
     class Spare(nn.Module):
         def __init__(self):
