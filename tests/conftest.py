@@ -1,6 +1,8 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -17,3 +19,10 @@ torch.set_num_threads(1)
 def seed():
     """The same random numbers in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """The environment as it was: with ranks that Lightning leaves there, a command that runs later waits for other processes."""
+    with mock.patch.dict(os.environ):
+        yield
