@@ -11,8 +11,9 @@ if not torch.cuda.is_available():
     # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
-# a worker per core, each with one thread: the tensors here are too small to share
+# a worker per core, each with one thread, and so the processes that tests start: the tensors here are too small to share
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

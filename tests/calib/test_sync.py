@@ -1,12 +1,10 @@
 """Calibration on several ranks equals calibration of one process on the union of their batches, bit for bit."""
 
 import datetime
-import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,6 +14,7 @@ from lq.calibration import calibrating
 from lq.functional.histogram import grow
 from lq.rescale import RescalingCalibrator
 from lq.surgery import named_quantizers, quantize_
+from processes import start_ranks
 
 WORLDS = (2, 3)
 
@@ -193,9 +192,7 @@ def work(rank, folder):
 def results(tmp_path_factory):
     """What every rank found: ``results[world][rank][question]``."""
     folder = tmp_path_factory.mktemp("ranks")
-    # importing torch takes longer than all of the tests: do it once, in a server from which the ranks are forked, and fork once
-    multiprocessing.set_forkserver_preload(["lq.calibration"])
-    mp.start_processes(work, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
+    start_ranks(work, str(folder), ranks=max(WORLDS))
     return {w: [torch.load(folder / f"{w}-{r}.pt", weights_only=False) for r in range(w)] for w in WORLDS}
 
 

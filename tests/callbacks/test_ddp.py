@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
 from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
+from processes import two_ranks
 from tiny import Tiny, loader, trainer
 
 
@@ -34,7 +35,7 @@ def fit(folder, ranks, batchnorm):
     quantize = Quantize(batches=8 // ranks, method="mse", alpha=0.5)
     freeze = ScaleFreeze(refresh_every=2, observe=1, freeze_after=None)
     callbacks = [QuantizationAwareTraining(quantize=quantize, freeze=freeze), Keep(folder)]
-    strategy = {"strategy": "ddp_spawn", "devices": ranks} if ranks > 1 else {}
+    strategy = two_ranks() if ranks > 1 else {}
     trainer(folder, *callbacks, max_epochs=1, **strategy).fit(Tiny(batchnorm), loader(), loader())
 
 
@@ -59,8 +60,8 @@ def fit_again(folder, ckpt_path=None):
     freeze = ScaleFreeze(refresh_every=4, observe=3, freeze_after=None)
     keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     callbacks = [QuantizationAwareTraining(freeze=freeze), Keep(folder), keep]
-    options = {"strategy": "ddp_spawn", "devices": 2, "max_epochs": 2, "enable_checkpointing": True}
-    trainer(folder, *callbacks, **options).fit(Tiny(), loader(shuffle=True, batch_size=2), ckpt_path=ckpt_path)
+    options = {"max_epochs": 2, "enable_checkpointing": True}
+    trainer(folder, *callbacks, **two_ranks(), **options).fit(Tiny(), loader(shuffle=True, batch_size=2), ckpt_path=ckpt_path)
     return [torch.load(folder / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -80,7 +81,7 @@ def test_learned_scales_freeze_under_ddp(tmp_path):
     desc = lq.QuantDescriptor(amax=1.0, learn_amax=True)
     quantize = Quantize([lq.QuantRule("*", desc, lq.QuantDescriptor(axis=0))], alpha=None)
     callbacks = [quantize, ScaleFreeze(None, freeze_after=2), Keep(tmp_path)]
-    trainer(tmp_path, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2).fit(Tiny(), loader())
+    trainer(tmp_path, *callbacks, max_epochs=1, **two_ranks()).fit(Tiny(), loader())
     two = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*two, rtol=0, atol=0)
     assert two[0]["net.0.input"] != 1
@@ -103,7 +104,7 @@ class Rank1Fails(Quantize):
 
 def spawn(folder, quantize):
     callbacks = [QuantizationAwareTraining(quantize=quantize), Keep(folder)]
-    trainer(folder, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2).fit(Tiny(), loader())
+    trainer(folder, *callbacks, max_epochs=1, **two_ranks()).fit(Tiny(), loader())
     return [torch.load(folder / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -125,7 +126,7 @@ def test_a_rank_that_fails_in_calibration_stops_both_with_its_message(tmp_path, 
 def test_ranks_agree_in_low_precision_with_accumulation(tmp_path, precision):
     options = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     callbacks = [QuantizationAwareTraining(), Keep(tmp_path)]
-    trainer(tmp_path, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2, **options).fit(Tiny(), loader())
+    trainer(tmp_path, *callbacks, max_epochs=1, **two_ranks(), **options).fit(Tiny(), loader())
     two = [torch.load(tmp_path / f"last-2-{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close(*two, rtol=0, atol=0)
     assert all(amax.dtype == torch.float32 and bool(amax.isfinite().all()) for amax in two[0].values())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lq
 from lq.callbacks import Quantize
 from lq.callbacks.distill import Distill
+from processes import two_ranks
 from tiny import NoForward, Tiny, dataset, loader, trainer
 
 X, Y = dataset().tensors
@@ -328,7 +329,7 @@ def test_on_two_ranks_the_gradient_is_that_of_both_batches(tmp_path, kind):
     weight, temperature = 0.7, 3.0
     teacher = copy.deepcopy(model)
     callbacks = [Distill(weight, temperature), Record(tmp_path)]
-    trainer(tmp_path, *callbacks, max_epochs=1, strategy="ddp_spawn", devices=2).fit(model, loader())
+    trainer(tmp_path, *callbacks, max_epochs=1, **two_ranks()).fit(model, loader())
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(one["last"], two["last"], rtol=0, atol=0)
     assert len(one["gradients"]) == 4

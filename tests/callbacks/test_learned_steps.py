@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lq
 from lq.callbacks import ExactResume, QuantDelay, Quantize, ScaleFreeze
+from processes import two_ranks
 from tiny import Tiny, loader, trainer
 
 
@@ -71,7 +72,7 @@ def test_an_input_of_unknown_shape_cannot_wait(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same(tmp_path):
-    fit = trainer(tmp_path, _Saves(rules(), alpha=None, dirpath=tmp_path), max_epochs=1, strategy="ddp_spawn", devices=2)
+    fit = trainer(tmp_path, _Saves(rules(), alpha=None, dirpath=tmp_path), max_epochs=1, **two_ranks())
     fit.fit(Tiny(), loader())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -95,8 +96,7 @@ class _Steps(QuantDelay):
 @pytest.mark.slow
 def test_two_processes_wait_for_no_scale_that_is_not_learned_yet(tmp_path):
     delay = _Steps(tmp_path, inputs=2, weights=1)
-    ranks = {"strategy": "ddp_spawn", "devices": 2}
-    trainer(tmp_path, Quantize(rules(), alpha=None), delay, max_epochs=1, **ranks).fit(Tiny(), loader())
+    trainer(tmp_path, Quantize(rules(), alpha=None), delay, max_epochs=1, **two_ranks()).fit(Tiny(), loader())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     before, *after = first

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 import lq
 from lq.callbacks import ExactResume, QuantizationAwareTraining, Quantize, ReestimateBatchNorm, ScaleFreeze
 from lq.corrections import reestimate_batchnorm_
+from processes import two_ranks
 from tiny import Tiny, loader, trainer
 
 W2 = [lq.QuantRule("*", lq.QuantDescriptor(4), lq.QuantDescriptor(2, axis=0, learn_amax="lsq"))]
@@ -116,7 +117,7 @@ class Save(Callback):
 
 @pytest.mark.slow
 def test_two_processes_have_the_average_of_both(tmp_path):
-    model, _, fitting, train = fit(tmp_path, Save(tmp_path), epochs=1, strategy="ddp_spawn", devices=2)
+    model, _, fitting, train = fit(tmp_path, Save(tmp_path), epochs=1, **two_ranks())
     fitting.fit(model, train)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)

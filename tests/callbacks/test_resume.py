@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
 from lq.callbacks.resume import ExactResume, random_numbers, set_random_numbers
+from processes import SERVER
 from tiny import Tiny, loader, trainer
 
 
@@ -112,12 +111,11 @@ def test_workers_that_augment_draw_what_they_would_have(tmp_path):
 @pytest.mark.parametrize("kill_at", [None, 2, 11])
 def test_after_sigkill_the_fit_goes_on_as_if_nothing_had_been(tmp_path, whole, kill_at):
     """In calibration (there is no checkpoint yet, so it starts again), within the first and within the second epoch."""
-    quantize = "KilledInCalibration()" if kill_at is None else None
-    code = f"from test_resume import *; torch.set_num_threads(1); fit(Path({str(tmp_path)!r}), {kill_at}, quantize={quantize})"
-    killed = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, timeout=120, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    quantize = KilledInCalibration() if kill_at is None else None
+    killed = SERVER.Process(target=fit, args=(tmp_path, kill_at), kwargs={"quantize": quantize})
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
     resumed = fit(tmp_path, ckpt_path="last")
     model, folder = whole
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)

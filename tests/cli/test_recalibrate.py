@@ -1,15 +1,12 @@
 """`lq recalibrate`: from the files of a run alone, what a calibration with the other method would have given."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import lq
 from lq.callbacks import Quantize
 from lq.recipes.digits import DigitsClassifier, DigitsDataModule
+from processes import command
 
 
 def fit(folder, method, target=None):
@@ -29,11 +26,6 @@ def kept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
     fit(folder, "auto")
     return folder
-
-
-def command(folder, *args):
-    env = os.environ | {"COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "lq", *args], cwd=folder, env=env, text=True, capture_output=True, check=False)
 
 
 def amaxs(path):

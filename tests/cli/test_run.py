@@ -1,8 +1,5 @@
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from lq.cli.main import register_resolvers
 from lq.cli.run import qat_epochs, run
 from lq.export import EngineBenchmark, EngineLatency, OnnxModel
 from lq.recipes.digits import DigitsClassifier, DigitsDataModule
+from processes import command, launched
 from wandb_run import history
 
 CONF = Path(next(iter(lq.conf.__path__)))
@@ -36,11 +34,6 @@ def config(folder, *overrides):
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
         return cfg
-
-
-def command(folder, *args, **options):
-    env = os.environ | {"WANDB_SILENT": "true", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", "lq", *args], cwd=folder, env=env, text=True, capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +143,7 @@ def test_block_weights_are_the_presets(tmp_path):
 def finished(tmp_path_factory):
     """The folder of a short run from the command line, and what it printed."""
     place = tmp_path_factory.mktemp("anywhere")
-    result = command(place, *QUICK, "hydra.run.dir=out")
+    result = launched(place, *QUICK, "hydra.run.dir=out")
     assert result.returncode == 0, result.stderr
     return place / "out", result.stdout
 
@@ -343,7 +336,7 @@ def test_no_option_wrecks_the_model(finished, tmp_path, choice):
 @pytest.mark.slow
 def test_two_processes_write_one_report(tmp_path, float_weights):
     told = [*QUICK, f"ckpt_path={float_weights}", "logger=csv", "hydra.run.dir=out", "trainer=ddp_cpu", "trainer.devices=2"]
-    result = command(tmp_path, *told)
+    result = launched(tmp_path, *told)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Report:") == 1
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["agreement"] >= 0.995

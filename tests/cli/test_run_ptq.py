@@ -1,11 +1,10 @@
 """``lq ptq=mct``: from a float model to a verified graph without fine-tuning."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from processes import command
 
 TOLD = [
     "ptq=mct",
@@ -16,16 +15,14 @@ TOLD = [
 ]
 
 
-def command(folder, *args):
-    env = os.environ | {"WANDB_SILENT": "true", "COLUMNS": "100"}
-    told = [*args, "logger=csv", "trainer.enable_progress_bar=false", "calib.batches=2"]
-    return subprocess.run([sys.executable, "-m", "lq", *told], cwd=folder, env=env, text=True, capture_output=True, check=False)
+def ptq(folder, *args):
+    return command(folder, *args, "logger=csv", "trainer.enable_progress_bar=false", "calib.batches=2")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptq")
-    result = command(folder, *TOLD, "hydra.run.dir=out")
+    result = ptq(folder, *TOLD, "hydra.run.dir=out")
     assert result.returncode == 0, result.stderr
     return folder / "out", result.stdout
 
@@ -49,9 +46,7 @@ def test_run(finished):
 @pytest.mark.slow
 def test_verify(finished, tmp_path):
     folder, _ = finished
-    env = os.environ | {"WANDB_SILENT": "true"}
-    told = [sys.executable, "-m", "lq", "verify", f"run={folder}", "hydra.run.dir=out"]
-    result = subprocess.run(told, cwd=tmp_path, env=env, text=True, capture_output=True, check=False)
+    result = command(tmp_path, "verify", f"run={folder}", "hydra.run.dir=out")
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out" / "verification.json").read_text())
     assert found["onnxruntime"]["agreement"] == json.loads((folder / "metrics.json").read_text())["agreement"]
@@ -71,7 +66,7 @@ def test_verify(finished, tmp_path):
     ],
 )
 def test_what_cannot_be_is_said_before_training(tmp_path, told, message):
-    result = command(tmp_path, *told)
+    result = ptq(tmp_path, *told)
     assert result.returncode == 1
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr

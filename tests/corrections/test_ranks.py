@@ -5,11 +5,11 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import lq
 from lq.corrections import shift_negative_activation_correction_, weights_bias_correction_
+from processes import start_ranks
 
 
 def batches():
@@ -71,7 +71,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work, (str(folder),), nprocs=2, start_method="forkserver")
+    start_ranks(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,8 +1,6 @@
 """The ImageNet recipe on fake images, on ImageNet's folders in small, and torchvision's names of ResNet-50's weights."""
 
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -22,6 +20,7 @@ from lq.cli.run import load_float
 from lq.recipes.imagenet import ImageNetClassifier, torchvision_net
 from lq.recipes.imagenet_data import FakeImageNetDataModule, FakeImages, ImageNetDataModule
 from lq.recipes.resnet import resnet8, resnet50
+from processes import launched
 
 WNIDS = ("n01440764", "n01443537")
 HERE = find_spec("torchvision") is not None
@@ -289,10 +288,7 @@ def test_two_processes_on_fake_images(tmp_path):
         *("float_epochs=0", "calib.batches=2", "export.batches=1", "logger=none", "trainer.enable_progress_bar=false"),
         "hydra.run.dir=out",
     ]
-    env = os.environ | {"COLUMNS": "150", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "lq", *told], cwd=tmp_path, env=env, text=True, capture_output=True, check=False
-    )
+    result = launched(tmp_path, *told)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("FAKE") >= 1
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

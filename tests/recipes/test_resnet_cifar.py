@@ -1,9 +1,6 @@
 """ResNet-20: the paper's size, its checkpoints' names, and a run from a config."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ import torch
 from PIL import Image
 
 from lq.recipes.resnet_cifar import ResNetCifar
+from processes import command
 
 
 def test_size_and_names():
@@ -50,10 +48,7 @@ def test_experiment(tmp_path):
         *("callbacks=distill", "callbacks.compile.disable=false", "+callbacks.compile.backend=eager"),
         *("calib.batches=1", "trainer.enable_progress_bar=false", "hydra.run.dir=out"),
     ]
-    env = os.environ | {"COLUMNS": "150"}
-    result = subprocess.run(
-        [sys.executable, "-m", "lq", *told], cwd=tmp_path, env=env, text=True, capture_output=True, check=False
-    )
+    result = command(tmp_path, *told)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["agreement"] > 0.9

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import onnx
 import pytest
@@ -13,6 +10,7 @@ from lightning import Trainer
 
 import lq
 from lq.recipes.transformer_lm import PIECE, PythonTopicsDataModule, TransformerLM, Windows, manual, rotate
+from processes import command
 
 TINY = {"layers": 2, "width": 32, "heads": 2, "hidden": 64}
 
@@ -126,10 +124,7 @@ def test_experiment(tmp_path):
         *("model.layers=1", "model.width=32", "model.hidden=64", "model.heads=2"),
         *("logger=none", "trainer.enable_progress_bar=false", "hydra.run.dir=out"),
     ]
-    env = os.environ | {"COLUMNS": "150"}
-    result = subprocess.run(
-        [sys.executable, "-m", "lq", *told], cwd=tmp_path, env=env, text=True, capture_output=True, check=False
-    )
+    result = command(tmp_path, *told)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["onnxruntime/val_perplexity"] == pytest.approx(metrics["qat/val_perplexity"], rel=1e-3)
