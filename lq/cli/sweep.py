@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
+from lightning.fabric.utilities.rank_zero import _get_rank
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -15,7 +16,12 @@ class CompareRuns(Callback):
     """Hydra callback: compares the jobs of a sweep by what they wrote, whichever launcher ran them."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the comparison, write ``comparison.md`` and ``.png`` into the sweep's folder; exit with 1 if a job failed."""
+        """Print the comparison, write ``comparison.md`` and ``.png`` into the sweep's folder; exit with 1 if a job failed.
+
+        Under DDP every rank runs the whole sweep, and rank 0 compares.
+        """
+        if _get_rank():
+            return
         folder = Path(config.hydra.sweep.dir)
         jobs = [path.parent for path in sorted(folder.glob("*/.hydra"), key=_number)]
         if not jobs:

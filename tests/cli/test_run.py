@@ -16,6 +16,7 @@ import lq
 import lq.conf
 from lq.cli.main import register_resolvers
 from lq.cli.run import qat_epochs, run
+from lq.cli.sweep import CompareRuns
 from lq.export import EngineBenchmark, EngineLatency, OnnxModel
 from lq.recipes.digits import DigitsClassifier, DigitsDataModule
 from processes import command, launched
@@ -307,6 +308,21 @@ class Data(LightningDataModule):
         return DataLoader([{"features": f, "target": f[:1], "id": i} for i, f in enumerate(x)], batch_size=16)
     val_dataloader = train_dataloader
 """
+
+
+def test_one_of_the_processes_that_run_a_sweep_compares(tmp_path, monkeypatch, capsys):
+    (tmp_path / "0" / ".hydra").mkdir(parents=True)
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("[calib=max]")
+    (tmp_path / "0" / "metrics.json").write_text('{"float/val_acc": 0.75, "qat/val_acc": 0.5}')
+    sweep = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    CompareRuns().on_multirun_end(sweep)
+    assert not list(tmp_path.glob("comparison.*"))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    CompareRuns().on_multirun_end(sweep)
+    assert "50.00" in capsys.readouterr().out
+    assert {path.suffix for path in tmp_path.glob("comparison.*")} == {".md", ".png"}
 
 
 @pytest.mark.slow
