@@ -16,17 +16,17 @@ class ReestimateBatchNorm(Callback):
     """Estimates BatchNorm statistics anew on train batches, before each validation of a fit and at its end (Nagel et al., 2022,
     arXiv:2203.08114, section 4.1).
 
-    What is validated, kept as the best, called ``qat``, and left behind, has statistics of the weights as they are; training
-    itself uses those of its batches. Random numbers and the order of the data are left alone. BatchNorms that the module holds in
-    evaluation keep theirs.
+    What is validated, kept as the best, called ``qat``, and left behind, has statistics of the weights as they are, or as
+    Lightning's ``WeightAveraging`` averages them, behind which it has to stand; training itself uses those of its batches. Random
+    numbers and the order of the data are left alone. BatchNorms that the module holds in evaluation keep theirs.
 
     Args:
         batches: train batches, on each rank, whose statistics are averaged, with those of the other ranks; 0 does nothing.
 
     Raises:
         ValueError: a negative number of batches.
-        MisconfigurationException: the module has no BatchNorm, or the fit has a ScaleFreeze that freezes them, or averages of
-            weights, which have other statistics.
+        MisconfigurationException: the module has no BatchNorm, or the fit has a ScaleFreeze that freezes them, or a
+            WeightAveraging stands behind this callback.
     """
 
     def __init__(self, batches: int = 50) -> None:
@@ -55,14 +55,17 @@ class ReestimateBatchNorm(Callback):
                     "ScaleFreeze freezes BatchNorm statistics, and ReestimateBatchNorm estimates them anew: give it "
                     "`batchnorm=False` (`schedule.freeze_batchnorm=false`), or leave one out."
                 )
-        if averages(trainer):
-            raise MisconfigurationException("WeightAveraging validates weights with statistics of its own: leave one out.")
+        callbacks = list(all_callbacks(trainer))
+        if any(callback in callbacks[callbacks.index(self) :] for callback in averages(trainer)):
+            raise MisconfigurationException(
+                "WeightAveraging stands behind ReestimateBatchNorm, which would not see the averages: put it before."
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._live = [norm for norm in self._norms if norm.training]
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # here, because what changes scales at the end of a train batch has done so
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # here, because what changes scales at the end of a train batch has done so, and averages are in their place
         self._estimate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -63,6 +63,13 @@ def refuse_swa(trainer: Trainer, why: str) -> None:
         raise MisconfigurationException(f"StochasticWeightAveraging {why}. Use WeightAveraging, which leaves both alone.")
 
 
+def begin_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Averages that there are begin with the module as it is now: Lightning swaps tensors by their order."""
+    for callback in averages(trainer):
+        if callback._average_model is not None:
+            callback.setup(trainer, pl_module, "fit")
+
+
 @contextmanager
 def averaging_later(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """There is no average in the block; afterwards it begins with the module as it is then, with all its scales.

@@ -17,7 +17,7 @@ from lq.calib import failing_together, save_statistics
 from lq.calib.statistics import require_safetensors
 from lq.calibration import calibrating
 from lq.callbacks.best import Best, monitored
-from lq.callbacks.building import averages, averaging_later, build, check_strategy
+from lq.callbacks.building import averages, averaging_later, begin_averages_, build, check_strategy
 from lq.callbacks.correcting import AFTERWARDS, add_biases_, correct_float_, correct_quantized_, function_of, positional
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.keeping import KeepsWeights
@@ -149,6 +149,8 @@ class Quantize(KeepsWeights):
         if self.recompute:
             recompute_(pl_module)
         await_learned_(pl_module)
+        if stage == "fit":
+            begin_averages_(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.fine_tune:

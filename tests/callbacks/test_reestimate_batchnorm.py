@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 import lq
 from lq.callbacks import ExactResume, QuantizationAwareTraining, Quantize, ReestimateBatchNorm, ScaleFreeze
@@ -29,12 +29,12 @@ class Look(Callback):
             self.expected.append(norm.running_mean.clone())
 
 
-def fit(folder, *callbacks, epochs=2, shuffle=False, model=None, **options):
+def fit(folder, *callbacks, epochs=2, shuffle=False, average=None, **options):
     seed_everything(0, verbose=False)
-    model = model or Tiny()
-    given = [ReestimateBatchNorm(8), Quantize(W2, alpha=None), ExactResume(), *callbacks]
-    fitting = trainer(folder, *given, max_epochs=epochs, **options)
-    return model, given[1], fitting, loader(shuffle)
+    model, quantize = Tiny(), Quantize(W2, alpha=None)
+    given = [ReestimateBatchNorm(8), quantize, ExactResume(), *callbacks]
+    fitting = trainer(folder, *[average] * bool(average), *given, max_epochs=epochs, **options)
+    return model, quantize, fitting, loader(shuffle)
 
 
 def test_each_validation_and_the_last_stage_have_them(tmp_path):
@@ -59,6 +59,23 @@ def test_without_a_validation_they_are_there_at_the_end(tmp_path):
     torch.testing.assert_close(left, model.net[1].running_mean)
 
 
+@pytest.mark.parametrize("validation", [True, False])
+def test_averages_have_statistics_of_their_own(tmp_path, validation):
+    look, average = Look(), EMAWeightAveraging(decay=0.9)
+    model, quantize, fitting, train = fit(tmp_path, look, average=average)
+    fitting.fit(model, train, loader() if validation else None)
+    assert len(look.seen) == (3 if validation else 0)
+    for seen, expected in zip(look.seen, look.expected, strict=True):
+        torch.testing.assert_close(seen, expected)
+    left = model.net[1].running_mean.clone()
+    reestimate_batchnorm_(model, [batch[:1] for batch in loader()])
+    torch.testing.assert_close(left, model.net[1].running_mean)
+    # the average is what is left behind, and it is not the last weights
+    assert torch.equal(average._average_model.module.net[0].weight, model.net[0].weight)
+    if validation:
+        assert quantize.stages["qat"] == pytest.approx(fitting.validate(model, loader(), verbose=False)[0])
+
+
 def test_training_is_what_it_is_without(tmp_path):
     def trained(*callbacks):
         seed_everything(0, verbose=False)
@@ -73,11 +90,13 @@ def test_training_is_what_it_is_without(tmp_path):
     assert not torch.equal(plain.net[1].running_mean, model.net[1].running_mean)
 
 
-def test_a_fit_that_was_cut_off_ends_the_same(tmp_path):
+@pytest.mark.parametrize("average", [None, EMAWeightAveraging])
+def test_a_fit_that_was_cut_off_ends_the_same(tmp_path, average):
     def state(folder, stop=None, ckpt_path=None):
         keep = ModelCheckpoint(tmp_path / folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
         stopping = {} if stop is None else {"max_steps": stop}
-        model, _, fitting, train = fit(tmp_path, keep, shuffle=True, enable_checkpointing=True, **stopping)
+        options = {"shuffle": True, "enable_checkpointing": True, "average": average and average(decay=0.9), **stopping}
+        model, _, fitting, train = fit(tmp_path, keep, **options)
         fitting.fit(model, train, loader(), ckpt_path=ckpt_path)
         return model.state_dict()
 
@@ -97,8 +116,8 @@ def test_what_it_does_not_go_with_is_refused(tmp_path):
     for other in (ScaleFreeze(), recipe):
         with pytest.raises(MisconfigurationException, match=r"`schedule\.freeze_batchnorm=false`"):
             trainer(tmp_path, Quantize(W2, alpha=None), other, ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
-    with pytest.raises(MisconfigurationException, match="WeightAveraging"):
-        trainer(tmp_path, WeightAveraging(), ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
+    with pytest.raises(MisconfigurationException, match=r"WeightAveraging stands behind ReestimateBatchNorm.*put it before"):
+        trainer(tmp_path, ReestimateBatchNorm(2), WeightAveraging()).fit(Tiny(), loader(), loader())
     trainer(tmp_path, ReestimateBatchNorm(0), max_epochs=1).fit(Tiny(batchnorm=False), loader(), loader())
 
 

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import OmegaConf
 
 import lq
@@ -75,11 +76,14 @@ def test_what_low_bits_need_is_switched_by_the_config(tmp_path):
     assert (callbacks["settle"].damping, callbacks["settle"].freeze) == (0, None)
     assert callbacks["bits"].bits == {}
     assert not callbacks["quantize"].rules[0]["weight"]["normalize"]
-    on = ["quant.weight.normalize=center", "schedule.reestimate_batchnorm=20"]
+    on = ["quant.weight.normalize=center", "schedule.reestimate_batchnorm=20", "callbacks/average=ema"]
     on += ["schedule.damping=1e-3", "schedule.freeze_oscillating=[0.04,0.01]", "schedule.settle_after=0.5"]
     on += ["schedule.bits={0:4,1 epoch:3,2 epochs:2}"]
     callbacks = instantiate(config(tmp_path, *low, *on).callbacks)
     assert callbacks["batchnorm"].batches == 20
+    assert isinstance(callbacks["average"], EMAWeightAveraging)
+    # statistics are those of the averages
+    assert list(callbacks).index("average") < list(callbacks).index("batchnorm")
     assert callbacks["bits"].bits == {0: 4, "1 epoch": 3, "2 epochs": 2}
     assert (callbacks["settle"].damping, callbacks["settle"].freeze, callbacks["settle"].after) == (1e-3, [0.04, 0.01], 0.5)
     assert callbacks["quantize"].rules[0]["weight"]["normalize"] == "center"
