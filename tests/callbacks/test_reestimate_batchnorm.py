@@ -70,7 +70,7 @@ def test_averages_have_statistics_of_their_own(tmp_path, validation):
     left = model.net[1].running_mean.clone()
     reestimate_batchnorm_(model, [batch[:1] for batch in loader()])
     torch.testing.assert_close(left, model.net[1].running_mean)
-    # the average is what is left behind, and it is not the last weights
+    # the average is what is left behind
     assert torch.equal(average._average_model.module.net[0].weight, model.net[0].weight)
     if validation:
         assert quantize.stages["qat"] == pytest.approx(fitting.validate(model, loader(), verbose=False)[0])
