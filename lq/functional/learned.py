@@ -112,6 +112,31 @@ def fake_quant_learned(
     return ((codes + (rounded - codes).detach()) * scale).to(inputs.dtype)
 
 
+class _NotPositive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(max=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.where((x > 0) & (grad < 0), 0, grad)
+
+
+def not_positive(x: Tensor) -> Tensor:
+    """``min(x, 0)``, whose gradient, that of a projection, leads back from above 0 and no further up.
+
+    That of ``clamp`` is 0 there: where one step of an optimizer leads above 0, ``x`` would stay for good.
+
+    >>> x = torch.tensor([0.1, 0.1, -0.1], requires_grad=True)
+    >>> torch.autograd.grad(not_positive(x), x, torch.tensor([2.0, -2.0, -2.0]))[0]
+    tensor([ 2.,  0., -2.])
+    """
+    result: Tensor = _NotPositive.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
 def fake_quant_affine_learned(inputs: Tensor, low: Tensor, high: Tensor, num_bits: int, gradient_scale: float = 1.0) -> Tensor:
     """:func:`lq.functional.affine.fake_affine_tensor_quant` with gradients for both ends of the range.
 

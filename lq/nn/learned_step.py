@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lq.calib import Calibrator
 from lq.descriptor import QuantDescriptor
-from lq.functional.learned import fake_quant_affine_learned, fake_quant_learned, gradient_scale
+from lq.functional.learned import fake_quant_affine_learned, fake_quant_learned, gradient_scale, not_positive
 from lq.functional.normalize import following
 
 ENDS = ("_amax", "_low")
@@ -21,6 +21,8 @@ class LearnedStep:
 
     # whether the parameters are there, and nothing has said yet where they start
     _waiting = False
+    # what is quantized; a weight that comes as a parameter is known for one anyway
+    _of_weight = False
 
     _buffers: dict[str, Tensor | None]
     _parameters: dict[str, nn.Parameter | None]
@@ -69,15 +71,16 @@ class LearnedStep:
         desc, amax = self.quant_desc, self._parameters["_amax"]
         assert amax is not None
         assert isinstance(desc.num_bits, int)
-        # LSQ, section 2.2: N is the number of weights that share a step, and of the values in a sample
-        shares = isinstance(inputs, nn.Parameter) or spread is not None or amax.numel() > 1
-        features = inputs.numel() // (amax.numel() if shares else max(len(inputs), 1))
+        # LSQ, section 2.2: N is the number of weights that share a step, or of the values that do in a sample
+        of_weight = self._of_weight or desc.normalize or isinstance(inputs, nn.Parameter)
+        samples = 1 if of_weight else len(inputs)
+        features = inputs.numel() // max(amax.numel() * samples, 1)
         unsigned = desc.unsigned or desc.affine
         factor = gradient_scale(max(features, 1), desc.num_bits, unsigned) if desc.learn_amax == "lsq" else 1.0
         if desc.affine:
             low = self._parameters["_low"]
             assert low is not None
-            return fake_quant_affine_learned(inputs, _value("_low", low), amax.abs(), desc.num_bits, factor)
+            return fake_quant_affine_learned(inputs, not_positive(low), amax.abs(), desc.num_bits, factor)
         grid = (desc.num_bits, desc.unsigned, desc.narrow_range)
         size = amax.abs() if spread is None else following(amax.abs(), spread)
         return fake_quant_learned(inputs, size, *grid, factor, rounding=desc.learn_amax == "lsq")

@@ -78,6 +78,7 @@ class QuantModule(nn.Module):
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         for role in roles:
             quantizer = TensorQuantizer(disabled=True) if desc is None else TensorQuantizer(_checked(desc))
+            quantizer._of_weight = isinstance(getattr(self, role, None), Tensor)
             setattr(self, f"{role}_quantizer", quantizer.to(device))
 
     def quantizers(self) -> dict[str, TensorQuantizer]:

@@ -75,6 +75,32 @@ def test_gradients_of_a_weight_are_scaled_by_the_values_of_a_channel():
     assert torch.equal(quantizer._amax.grad, amax.grad)
 
 
+def test_an_activation_with_several_steps_counts_the_values_of_a_sample_that_share_one():
+    x = torch.randn(5, 2, 3)
+    quantizer = TensorQuantizer(QuantDescriptor(4, axis=1, learn_amax="lsq"))
+    quantizer.amax = torch.ones(1, 2, 1)
+    amax = torch.ones(1, 2, 1, requires_grad=True)
+    fake_quant_learned(x, amax, 4, gradient_scale=gradient_scale(3, 4)).mean().backward()
+    quantizer(x).mean().backward()
+    assert torch.equal(quantizer._amax.grad, amax.grad)
+
+
+@pytest.mark.parametrize("axis", [0, None])
+def test_a_weight_that_is_computed_is_a_weight(axis):
+    def gradient(computed):
+        torch.manual_seed(0)
+        rule = lq.QuantRule("*", None, QuantDescriptor(3, axis=axis, learn_amax="lsq"))
+        model = lq.quantize_(nn.Linear(6, 4), [rule])
+        with lq.calibrating(model):
+            model(torch.ones(1, 6))
+        if computed:
+            torch.nn.utils.parametrize.register_parametrization(model, "weight", nn.LeakyReLU(1.0))
+        model(torch.ones(2, 6)).sum().backward()
+        return model.weight_quantizer._amax.grad
+
+    assert torch.equal(gradient(computed=True), gradient(computed=False))
+
+
 def test_an_optimizer_may_lead_it_below_zero():
     quantizer = TensorQuantizer(QuantDescriptor(4, amax=0.7, learn_amax="lsq", unsigned=True))
     x = torch.rand(16)
@@ -110,6 +136,33 @@ def test_a_range_with_two_ends_learns_both_and_keeps_zero():
     assert quantizer.range[0] == 0
     assert quantizer(torch.zeros(3)).tolist() == [0, 0, 0]
     assert set(quantizer.state_dict()) == {"_amax", "_low"}
+
+
+def test_a_lower_end_that_an_optimizer_led_above_zero_comes_back():
+    quantizer = TensorQuantizer(QuantDescriptor(4, affine=True, learn_amax="lsq"))
+    quantizer.range = (torch.tensor(0.0), torch.tensor(1.0))
+    with torch.no_grad():
+        quantizer._low.fill_(0.05)
+    x = torch.rand(256) - 0.3
+    optimizer = torch.optim.SGD(quantizer.parameters(), 1e-2)
+    errors = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        error = (quantizer(x) - x).square().mean()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert quantizer.range[0] < -0.2
+    assert errors[-1] < 0.1 * errors[0]
+
+
+def test_a_lower_end_above_zero_goes_no_further():
+    quantizer = TensorQuantizer(QuantDescriptor(4, affine=True, learn_amax="lsq"))
+    quantizer.range = (torch.tensor(0.0), torch.tensor(1.0))
+    with torch.no_grad():
+        quantizer._low.fill_(0.05)
+    quantizer(torch.full((8,), -1.0)).neg().sum().backward()  # wants it higher
+    assert quantizer._low.grad == 0
 
 
 def test_kept_weights_are_not_kept_from_learning():
