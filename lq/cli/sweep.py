@@ -50,4 +50,5 @@ def _metrics(job: Path) -> dict[str, float]:
 def _overrides(job: Path) -> dict[str, str]:
     overrides = OmegaConf.to_object(OmegaConf.load(job / ".hydra" / "overrides.yaml"))
     assert isinstance(overrides, list)
-    return dict(str(override).split("=", 1) for override in overrides)
+    # without a value where it deletes: ~callbacks.monitor
+    return {key: value for key, _, value in (str(override).partition("=") for override in overrides)}

@@ -71,7 +71,7 @@ def test_every_option_of_every_group_composes_and_instantiates(tmp_path, choice)
 def test_what_low_bits_need_is_switched_by_the_config(tmp_path):
     low = ["experiment=cifar10_low_bits", "quant=w2a2", "data.path=pictures"]
     callbacks = instantiate(config(tmp_path, *low).callbacks)
-    assert callbacks["batchnorm"].batches == 50
+    assert (callbacks["batchnorm"].batches, callbacks["batchnorm"].at_end) == (50, 390)
     assert [correction.func for correction in callbacks["quantize"].corrections] == [lq.corrections.reestimate_batchnorm_]
     assert (callbacks["settle"].damping, callbacks["settle"].freeze) == (0, None)
     assert callbacks["bits"].bits == {}
@@ -316,7 +316,7 @@ class Data(LightningDataModule):
 
 def test_one_of_the_processes_that_run_a_sweep_compares(tmp_path, monkeypatch, capsys):
     (tmp_path / "0" / ".hydra").mkdir(parents=True)
-    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("[calib=max]")
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("[calib=max, ~callbacks.monitor]")
     (tmp_path / "0" / "metrics.json").write_text('{"float/val_acc": 0.75, "qat/val_acc": 0.5}')
     sweep = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     monkeypatch.setenv("LOCAL_RANK", "1")
