@@ -72,7 +72,7 @@ class QuantDescriptor:
         normalize: for weights: amax is in units of their root mean square (of each channel with ``axis``), which is given back
             behind the rounding: the range, learned or not, follows the weights while they train, and a layer computes at first
             what it would without. ``"center"`` also takes their mean away, for good, as weight normalization does (APoT: Li et
-            al., 2020, arXiv:1909.13144, section 3): another function, which training has to get used to.
+            al., 2020, arXiv:1909.13144, section 2.4): another function, which training has to get used to.
 
     Raises:
         ValueError: a field out of its range, or two that contradict each other.

@@ -29,8 +29,8 @@ def reestimating_batchnorm(model: M, norms: Iterable[_BatchNorm] | None = None) 
     """Forwards inside the block give BatchNorms new statistics: the average over all of them, and over all ranks.
 
     With few bits, weights that oscillate between two codes, and activations that change with them, leave the exponential averages
-    of training behind what the network computes at its end (Nagel et al., 2022, arXiv:2203.08114, section 4.1; before that Sun et
-    al., 2019, "Hybrid 8-bit Floating Point (HFP8) Training"). Inside, all else is in evaluation, without gradients, so that no
+    of training behind what the network computes at its end (Nagel et al., 2022, arXiv:2203.08114, section 2.3.1; before that Sun
+    et al., 2019, "Hybrid 8-bit Floating Point (HFP8) Training"). Inside, all else is in evaluation, without gradients, so that no
     random number is drawn. A BatchNorm that no forward reaches keeps what it has; if the block raises, all do.
 
     Args:

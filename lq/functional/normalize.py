@@ -14,7 +14,7 @@ def spread_of(x: Tensor, axis: Axis = None, center: bool = False) -> tuple[Tenso
     """Mean and root mean square of ``x``, with ``axis`` *kept*; where ``center`` the latter is about the mean (a standard
     deviation), else about zero, and the mean is 0.
 
-    Weight normalization (APoT: Li et al., 2020, arXiv:1909.13144, section 3, eq. 8) divides weights by it before they are
+    Weight normalization (APoT: Li et al., 2020, arXiv:1909.13144, section 2.4) divides weights by it before they are
     quantized, after it has taken the mean away.
 
     Args:

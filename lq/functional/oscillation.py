@@ -66,7 +66,7 @@ class Oscillation:
 def follow_(state: Oscillation, codes: Tensor, momentum: float = 0.01, threshold: float | None = None) -> Tensor:
     """Take the codes of another step into account, in place; those that are frozen stay.
 
-    A code oscillates when it changes in the direction opposite to that of its last change, however long ago (section 2.3), and
+    A code oscillates when it changes in the direction opposite to that of its last change, however long ago (section 4.1), and
     ``f = momentum * oscillates + (1 - momentum) * f``. Where that exceeds the threshold it is frozen to its running mean,
     rounded: the code it was at most (algorithm 1).
 
