@@ -9,14 +9,16 @@ Every convolution and linear layer has a scale per output channel for its weight
 convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
 batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
-recipe, ``lq-distilled`` has the float model as a teacher beside it. Below 8 bits statistics of BatchNorm are estimated anew for
-``lq``, as ``conf/experiment/cifar10_low_bits.yaml`` has it: behind calibration on its batches, and on 50 train batches before
-each look at the trained model. ``--epochs 0`` only calibrates, ``--rate`` is where the cosine starts. With ``--graph``, on a
-GPU, forward and backward come out of a CUDA graph, as launching them one by one takes longer than computing; not every peer can
-be captured.
+recipe, ``lq-distilled`` has the float model as a teacher beside it, in bfloat16. ``--epochs 0`` only calibrates, ``--rate`` is
+where the cosine starts. Every model is looked at as its tool leaves it, and with statistics of BatchNorm that are estimated
+anew, as ``conf/experiment/cifar10_low_bits.yaml`` has it: behind calibration on its batches, after each epoch on 50 train
+batches, and after the last on an epoch of them. (torchao's graphs have no BatchNorm to do so with.) With ``--graph``, on a GPU,
+forward and backward come out of a CUDA graph, as launching them one by one takes longer than computing; not every peer can be
+captured.
 
-Columns: top-1 on all test images after calibration, after the last epoch and after the best one (means and standard deviations
-where there are several seeds), and the seconds of an epoch against those of ``float``, if it is asked for. ``--out`` gets
+Columns: top-1 on all test images after calibration and after the last epoch, both as they are and with BatchNorm anew, and
+after the best epoch (means and standard deviations where there are several seeds), and the seconds of an epoch against those of
+``float``, if it is asked for. ``--out`` gets
 a row as soon as it is known, so that several processes can share the work; ``--table`` prints one table of all their files.
 
 Peers belong into a virtual environment of their own: ``pip install -e .[recipes] nvidia-modelopt brevitas torchao``.
@@ -27,7 +29,8 @@ import copy
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ from timing import describe_machine, timed
 from torch import Tensor, nn
 
 from lq.analysis.tables import Table
-from lq.corrections import reestimate_batchnorm_
+from lq.corrections import batchnorms, reestimate_batchnorm_
 from lq.functional.distill import soft_targets_loss
 from lq.recipes.images import Images, load_images
 from lq.recipes.resnet_cifar import ResNetCifar
@@ -46,7 +49,7 @@ from lq.recipes.resnet_cifar import ResNetCifar
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, EVAL_BATCH, CALIBRATION_BATCHES, BATCHNORM_BATCHES = 128, 500, 8, 50
 FINAL_RATE = 0.01  # of the first
-FLOAT, LQ, DISTILLED = "float", "lq", "lq-distilled"
+FLOAT, DISTILLED = "float", "lq-distilled"
 
 Row = dict[str, Any]
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -76,10 +79,12 @@ class Data:
         for i in range(self.steps):
             yield self.train.__getitems__(order[i * BATCH : (i + 1) * BATCH])
 
-    def first(self, batches: int, seed: int) -> list[Tensor]:
-        """Images of so many train batches, in the order of ``seed``."""
-        torch.manual_seed(seed)
-        return [images for (images, _), _ in zip(self.epoch(), range(batches), strict=False)]
+    def first(self, batches: int, seed: int) -> Iterator[Tensor]:
+        """Images of so many train batches, in the order of ``seed``; other random numbers stay as they are."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for (images, _), _ in zip(self.epoch(), range(batches), strict=False):
+                yield images
 
     @torch.no_grad()
     def top1(self, model: nn.Module) -> float:
@@ -103,8 +108,8 @@ def distilled(teacher: nn.Module) -> Loss:
     """Cross entropy plus that to the teacher's softened outputs: ``conf/callbacks/distill.yaml``."""
 
     def loss(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher(images)
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+            wanted = teacher(images).float()
         logits = model(images)
         return F.cross_entropy(logits, classes) + soft_targets_loss(logits, wanted, temperature=4.0)
 
@@ -147,10 +152,19 @@ def captured(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> C
     return replay
 
 
+def looked_at(model: nn.Module, data: Data, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Top-1 as the model is, and with BatchNorm statistics of ``batches``, which stay."""
+    found = {"as it is": data.top1(model)}
+    if batchnorms(model):
+        reestimate_batchnorm_(model, batches)
+        found["anew"] = data.top1(model)
+    return found
+
+
 def fit(
-    model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, loss: Loss, anew: list[Tensor]
-) -> Iterator[tuple[float, float]]:
-    """Train; after each epoch its top-1, with BatchNorm statistics of ``anew``, and its seconds (of training alone)."""
+    model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, loss: Loss
+) -> Iterator[tuple[dict[str, float], float]]:
+    """Train; after each epoch what is :func:`looked_at`, and its seconds (of training alone)."""
     epochs, rate = arguments.epochs, arguments.rate
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * data.steps, eta_min=FINAL_RATE * rate)
@@ -165,31 +179,28 @@ def fit(
             optimizer.step()
             schedule.step()
 
-    for _ in range(epochs):
+    for left in reversed(range(epochs)):
         model.train()
         seconds = timed(epoch)
-        if anew:
-            reestimate_batchnorm_(model, anew)
-        yield data.top1(model), seconds
+        yield looked_at(model, data, data.first(BATCHNORM_BATCHES if left else data.steps, seed)), seconds
 
 
 def measured(
     tool: str, bits: int | None, model: nn.Module, data: Data, arguments: argparse.Namespace, seed: int, of_float: float | None
 ) -> Row:
     """A row of the table; ``of_float``: seconds of a float epoch."""
-    student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, data.first(CALIBRATION_BATCHES, seed))
-    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": data.top1(student)}
+    batches = list(data.first(CALIBRATION_BATCHES, seed))
+    student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, batches)
+    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": looked_at(student, data, batches)}
     row |= {"epochs": arguments.epochs, "rate": arguments.rate}
     loss = distilled(torch.compile(model) if arguments.compile else model) if tool == DISTILLED else hard
     trains = bits != 8 and arguments.epochs
-    anew = data.first(BATCHNORM_BATCHES, seed) if trains and tool in (LQ, DISTILLED) else []
     found = []
-    for accuracy, seconds in fit(student, data, arguments, seed, loss, anew) if trains else ():
-        found.append((accuracy, seconds))
-        print(f"{tool}, {name_of(bits)}: {accuracy:.2f} % after epoch {len(found)}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    for top1, seconds in fit(student, data, arguments, seed, loss) if trains else ():
+        found.append((top1, seconds))
+        print(f"{tool}, {name_of(bits)}, after epoch {len(found)}: {top1}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:
-        accuracies = [a for a, _ in found]
-        row |= {"last": accuracies[-1], "best": max(accuracies)}
+        row |= {"last": found[-1][0], "best": max(max(top1.values()) for top1, _ in found)}
         # the first epoch also chooses kernels
         row["seconds"] = statistics.median([s for _, s in found[1:] or found])
         row |= {"ratio": row["seconds"] / (of_float or row["seconds"])} if of_float or tool == FLOAT else {}
@@ -203,9 +214,9 @@ def name_of(bits: int | None) -> str:
     return "float" if bits is None else f"W{bits}A{bits}"
 
 
-def cell(rows: list[Row], key: str) -> str:
+def cell(rows: list[Row], *keys: str) -> str:
     """Mean, and standard deviation over seeds."""
-    values = [row[key] for row in rows if key in row]
+    values = [value for row in rows if (value := reduce(lambda found, key: found.get(key, {}), keys, row))]
     if not values:
         return ""
     mean = f"{statistics.mean(values):.2f}"
@@ -219,9 +230,17 @@ def table(rows: list[Row]) -> Table:
     order = [FLOAT, *TOOLS]
     keys = sorted(groups, key=lambda key: (-(key[0] or 99), order.index(key[1])))
     epochs = max((row["epochs"] for row in rows), default=0)
-    columns = ["Model", "Tool", "Seeds", "Calibrated", f"After {epochs} epochs", "Best epoch", "Epoch / float"]
+    measures: list[tuple[str, tuple[str, ...]]] = [
+        ("Calibrated", ("calibrated", "as it is")),
+        ("BatchNorm anew", ("calibrated", "anew")),
+        (f"After {epochs} epochs", ("last", "as it is")),
+        ("BatchNorm anew", ("last", "anew")),
+        ("Best epoch", ("best",)),
+        ("Epoch / float", ("ratio",)),
+    ]
+    columns = ["Model", "Tool", "Seeds", *(name for name, _ in measures)]
     cells = [
-        [name_of(bits), tool, str(len(found)), *(cell(found, key) for key in ("calibrated", "last", "best", "ratio"))]
+        [name_of(bits), tool, str(len(found)), *(cell(found, *path) for _, path in measures)]
         for (bits, tool), found in ((key, groups[key]) for key in keys)
     ]
     return Table("Top-1 on the test images, %", columns, cells)

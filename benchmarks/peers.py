@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import lq
-from lq.corrections import reestimate_batchnorm_
 
 Batches = Sequence[Tensor]
 Quantized = Callable[[nn.Module, int, int, Batches], nn.Module]
@@ -34,8 +33,7 @@ def run(model: nn.Module, batches: Batches) -> None:
 def of_lq(model: nn.Module, weight_bits: int, input_bits: int, batches: Batches) -> nn.Module:
     """Amax by least squared error; below 8 bits it is then a parameter (LSQ): ``conf/quant/w4a4.yaml``.
 
-    Statistics of BatchNorm are then those of the quantized model: ``conf/experiment/cifar10_low_bits.yaml``. With 8 bits amax of
-    weights is the largest value.
+    With 8 bits amax of weights is the largest value.
     """
 
     def described(bits: int, **options: Any) -> lq.QuantDescriptor:
@@ -49,8 +47,6 @@ def of_lq(model: nn.Module, weight_bits: int, input_bits: int, batches: Batches)
     model = lq.quantize_(copy.deepcopy(model), rules)
     with lq.calibrating(model, method="mse"):
         run(model, batches)
-    if weight_bits < 8:
-        reestimate_batchnorm_(model, batches)
     return model
 
 

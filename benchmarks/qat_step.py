@@ -8,7 +8,8 @@ of 4 layers of width 256 on 32 x 64 tokens. With ``--large``, for GPUs, they are
 last, and an encoder of 12 layers of width 768 on 64 x 512 tokens. Every convolution and linear layer quantizes its input per
 tensor and its weight per channel. All contenders of a table take turns in one process. Columns: the median of a step, the
 median of its ratio to the float step of the same turn, and the most memory that a step allocates, against float's. ``with
-QuantMonitor`` logs every 50th step, as the Trainer does; its ratio is spread over them. ``--grow`` prints the ratio against
+QuantMonitor`` logs every 50th step, as the Trainer does; its ratio is spread over them. ``products`` multiplies by a number where
+the others quantize: one read and one write each way, less than which nothing can do. ``--grow`` prints the ratio against
 batch size, channels and layers, ``--processes`` under DDP. ``--check`` fails where a ratio has left wide bounds, in less than a
 minute.
 
@@ -37,6 +38,7 @@ from lq.analysis.tables import Table
 from lq.functional.amax import compute_amax
 from lq.nn.recompute import recompute_
 from lq.recipes.resnet import BasicBlock, ResNet, resnet50
+from lq.surgery import named_quantizers
 
 Step = Callable[[], object]
 PEER = "ModelOpt" if importlib.util.find_spec("modelopt") else None
@@ -95,6 +97,14 @@ def quantized(model: nn.Module, x: Tensor) -> nn.Module:
     return model.train()
 
 
+def multiplying(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model in which each quantizer only multiplies: what eager operators cannot go below."""
+    model = copy.deepcopy(model)
+    for _, quantizer in named_quantizers(model):
+        quantizer.forward = lambda x: x * 0.5  # type: ignore[method-assign]
+    return model
+
+
 def of_peer(model: nn.Module, x: Tensor) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
@@ -139,6 +149,8 @@ def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, r
     model, x = model.to(device).train(), x.to(device)
     models, teacher = {"float": model, "lq": quantized(model, x)}, copy.deepcopy(model).eval()
     models["lq, recomputing"] = recompute_(copy.deepcopy(models["lq"]))
+    if not compiled:
+        models["products"] = multiplying(models["lq"])
     if PEER and not compiled:  # in compiled code they break the graph at each quantizer
         models[PEER] = of_peer(model, x)
     if compiled:
