@@ -1,4 +1,4 @@
-"""Small images in folders, or in a .zip of them: decoded once, kept as tensors, cropped and flipped a batch at a time."""
+"""Small images in folders, a .zip or a dataset of torchvision's: kept as tensors, cropped and flipped a batch at a time."""
 
 import hashlib
 import io
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.utils import get_class
 from lightning import LightningDataModule
 from PIL import Image
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from lq.staged import staged
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
-# By which CIFAR's own archive is told: https://www.cs.toronto.edu/~kriz/cifar.html
+# CIFAR-10's own archive: https://www.cs.toronto.edu/~kriz/cifar.html
+CIFAR = "cifar-10-batches-py"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
 # Images, uint8 ``(images, channels, height, width)``, and classes, int64 ``(images,)``.
@@ -82,7 +84,7 @@ class ImagesDataModule(LightningDataModule):
 
     Args:
         path: a folder or a .zip with ``train/<class>/*.jpg`` and ``test/<class>/*.jpg`` (or .png ...); or the folder
-            ``cifar-10-batches-py`` of CIFAR-10's own archive.
+            ``cifar-10-batches-py`` of CIFAR-10's own archive, or one that it is in.
         batch_size: images in a train batch.
         eval_batch_size: images in a batch of validation.
         mean: of each channel, in [0, 1].
@@ -90,9 +92,12 @@ class ImagesDataModule(LightningDataModule):
         padding: crop randomly in training, from images with so many black pixels around them.
         flip: mirror half of the images in training.
         cache: folder for the file of decoded images.
+        dataset: a class of torchvision's that takes ``root``, ``train`` and ``download``, as
+            ``torchvision.datasets.CIFAR10`` and ``MNIST`` do: its images instead, loaded into ``path``. Untried with torchvision.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
+        ImportError: ``dataset`` is not there to import.
         ValueError: no images of one of the splits, images of several sizes, an image that cannot be decoded (named).
     """
 
@@ -106,15 +111,21 @@ class ImagesDataModule(LightningDataModule):
         padding: int = 4,
         flip: bool = True,
         cache: str = "~/.cache/lightning-lq",
+        dataset: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
 
+    def _load(self) -> tuple[dict[str, Split], list[str]]:
+        if self.hparams["dataset"] is not None:
+            return _of_dataset(self.hparams["dataset"], self.hparams["path"])
+        return load_images(self.hparams["path"], self.hparams["cache"])
+
     def prepare_data(self) -> None:
-        load_images(self.hparams["path"], self.hparams["cache"])
+        self._load()
 
     def setup(self, stage: str) -> None:
-        splits, self.classes = load_images(self.hparams["path"], self.hparams["cache"])
+        splits, self.classes = self._load()
         mean, std = self.hparams["mean"], self.hparams["std"]
         self.train_set = Images(splits["train"], mean, std, self.hparams["padding"], self.hparams["flip"])
         self.val_set = Images(splits["test"], mean, std)
@@ -138,8 +149,9 @@ def load_images(path: str | Path, cache: str | Path) -> tuple[dict[str, Split], 
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"`path` is '{path}', which does not exist: give a folder or a .zip of images.")
-    name = hashlib.sha256(f"{path.resolve()} {_changed(path)}".encode()).hexdigest()[:16]
-    kept = Path(cache).expanduser() / f"{path.stem}-{name}.pt"
+    path = path / CIFAR if (path / CIFAR).is_dir() else path
+    source, version = (hashlib.sha256(str(of).encode()).hexdigest()[:8] for of in (path.resolve(), _changed(path)))
+    kept = Path(cache).expanduser() / f"{path.stem}-{source}-{version}.pt"
     if kept.is_file():
         found = torch.load(kept, weights_only=True)
         return found["splits"], found["classes"]
@@ -148,7 +160,21 @@ def load_images(path: str | Path, cache: str | Path) -> tuple[dict[str, Split], 
     # jobs that start together may all decode
     with staged(kept) as file:
         torch.save({"splits": splits, "classes": classes}, file)
+    for older in kept.parent.glob(f"*-{source}-*.pt"):
+        if older != kept:
+            older.unlink(missing_ok=True)
     return splits, classes
+
+
+def _of_dataset(name: str, path: str) -> tuple[dict[str, Split], list[str]]:
+    """What a class of torchvision's holds, in memory as it is, so that no cache is needed."""
+    try:
+        dataset = get_class(name)
+    except ImportError as error:
+        raise ImportError(f"`dataset` is {name!r}, which cannot be imported: install torchvision. ({error})") from error
+    found = {s: dataset(root=str(Path(path).expanduser()), train=s == "train", download=True) for s in ("train", "test")}
+    splits = {s: [(label, _rgb(image)) for image, label in images] for s, images in found.items()}
+    return {split: _stacked(split, images, path) for split, images in splits.items()}, list(found["train"].classes)
 
 
 def _changed(path: Path) -> tuple[int, int]:
@@ -162,17 +188,18 @@ def _decoded(path: Path) -> tuple[dict[str, Split], list[str]]:
     found: dict[str, list[tuple[str, Tensor]]] = {"train": [], "test": []}
     for split, label, name, data in _files(path):
         found[split].append((label, _pixels(data, name)))
-    for split, images in found.items():
-        if not images:
-            raise ValueError(f"`path` is '{path}', which has no images as {split}/<class>/<name>.jpg.")
-        if len(sizes := {tuple(x.shape) for _, x in images}) > 1:
-            raise ValueError(f"`path` is '{path}', whose images in {split} have several sizes: {sorted(sizes)[:3]}.")
     classes = sorted({label for images in found.values() for label, _ in images})
     index = {label: i for i, label in enumerate(classes)}
-    return {
-        split: (torch.stack([x for _, x in images]), torch.tensor([index[label] for label, _ in images]))
-        for split, images in found.items()
-    }, classes
+    indexed = {split: [(index[label], x) for label, x in images] for split, images in found.items()}
+    return {split: _stacked(split, images, path) for split, images in indexed.items()}, classes
+
+
+def _stacked(split: str, images: list[tuple[int, Tensor]], path: str | Path) -> Split:
+    if not images:
+        raise ValueError(f"`path` is '{path}', which has no images as {split}/<class>/<name>.jpg.")
+    if len(sizes := {tuple(x.shape) for _, x in images}) > 1:
+        raise ValueError(f"`path` is '{path}', whose images in {split} have several sizes: {sorted(sizes)[:3]}.")
+    return torch.stack([x for _, x in images]), torch.tensor([label for label, _ in images])
 
 
 def _files(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
@@ -198,12 +225,16 @@ def _place(name: Path) -> tuple[str, str] | None:
 
 
 def _pixels(data: bytes, name: str) -> Tensor:
-    """An image as uint8 ``(3, height, width)``."""
+    """An encoded image as uint8 ``(3, height, width)``."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return _rgb(image)
     except OSError as error:
         raise ValueError(f"{name} cannot be decoded ({error}): replace or delete it.") from error
+
+
+def _rgb(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _of_cifar(path: Path) -> tuple[dict[str, Split], list[str]]:

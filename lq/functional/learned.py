@@ -119,7 +119,7 @@ class _NotPositive(torch.autograd.Function):
         return x.clamp(max=0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.where((x > 0) & (grad < 0), 0, grad)
 

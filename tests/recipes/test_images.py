@@ -73,6 +73,44 @@ def test_files_of_cifar(tmp_path):
     assert len(splits["test"][1]) == 4
 
 
+def test_a_folder_that_the_files_of_cifar_are_in(tmp_path):
+    expected, _ = load_images(cifar(tmp_path), tmp_path / "cache")
+    found, classes = load_images(tmp_path, tmp_path / "cache")
+    assert classes == ["cat", "dog"]
+    assert torch.equal(found["train"][0], expected["train"][0])
+
+
+class Pictures:
+    """As a dataset of torchvision's."""
+
+    classes = CLASSES
+
+    def __init__(self, root, train=True, download=False):
+        assert download
+        self.split, self.root = "train" if train else "test", root
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if index == len(self):
+            raise IndexError
+        return Image.fromarray(picture(self.split, CLASSES[index % 2], index)), index % 2
+
+
+def test_datasets_of_torchvision(tmp_path):
+    data = ImagesDataModule(str(tmp_path), dataset=f"{__name__}.Pictures", batch_size=2)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.classes == list(CLASSES)
+    assert data.train_set.classes.tolist() == [0, 1] * 3
+    for split, found in (("train", data.train_set), ("test", data.val_set)):
+        expected = np.stack([picture(split, CLASSES[i % 2], i) for i in range(6)]).transpose(0, 3, 1, 2)
+        assert np.array_equal(found.pixels.numpy(), expected)
+    with pytest.raises(ImportError, match=r"`dataset` is 'no\.Such', which cannot be imported: install torchvision"):
+        ImagesDataModule(str(tmp_path), dataset="no.Such").prepare_data()
+
+
 def test_decoded_once_until_the_source_changes(folder, tmp_path, monkeypatch):
     first, _ = load_images(folder, tmp_path / "cache")
     with monkeypatch.context() as without:
@@ -82,6 +120,7 @@ def test_decoded_once_until_the_source_changes(folder, tmp_path, monkeypatch):
     assert torch.equal(first["train"][0], again["train"][0])
     Image.fromarray(255 - picture("train", "cat", 0)).save(folder / "train" / "cat" / "new.png")
     assert len(load_images(folder, tmp_path / "cache")[0]["train"][1]) == 11
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # what was decoded before is of no use
 
 
 def test_jobs_that_start_together_do_not_take_each_others_files(folder, tmp_path, monkeypatch):
