@@ -31,7 +31,7 @@ class _Learned(torch.autograd.Function):
         y = fake_quant(x, amax, num_bits, unsigned, narrow_range)
         # the layer behind keeps y for its own gradient: it costs no memory to keep it here too
         ctx.save_for_backward(x, amax, y)
-        ctx.bounds = integer_bounds(num_bits, unsigned, narrow_range)
+        ctx.grid = (num_bits, unsigned, narrow_range)
         ctx.gradient_scale, ctx.rounding = gradient_scale, rounding
         return y
 
@@ -39,13 +39,19 @@ class _Learned(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, amax, y = ctx.saved_tensors
-        at_once = fused.learned(grad, x, amax, ctx.bounds, ctx.gradient_scale, ctx.rounding)
+        lowest, highest = bounds = integer_bounds(*ctx.grid)
+        at_once = fused.learned(grad, x, amax, bounds, ctx.gradient_scale, ctx.rounding)
         if at_once is not None:
             return *at_once, None, None, None, None, None
-        lowest, highest = ctx.bounds
         inside = within_range(grad, x, lowest / highest * amax, amax)
-        # dy/ds is y / s outside of the range and (y - x) / s inside (0 for PACT): two products of whole tensors, and no mask
-        total = _summed(grad, y, amax) - _summed(inside, x if ctx.rounding else y, amax)
+        if x.dtype.itemsize < 4:  # where y itself is rounded
+            x = x.float()
+            y = fake_quant(x, amax, *ctx.grid)
+        # dy/ds is y / s outside of the range and (y - x) / s inside (0 for PACT): products of whole tensors, and no mask. Sums of
+        # y and of x would leave nothing of their difference
+        total = _summed(grad - inside, y, amax)
+        if ctx.rounding:
+            total = total + _summed(inside, y - x, amax)
         gradient = ctx.gradient_scale * total / amax.double().clamp_min(torch.finfo(torch.float32).tiny)
         return inside, gradient.to(amax.dtype), None, None, None, None, None
 

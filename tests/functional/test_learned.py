@@ -46,6 +46,22 @@ def test_values_at_the_ends_of_the_range_count_as_inside():
     assert amax.grad.item() == pytest.approx(-2 + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (4, 1)])
+@pytest.mark.parametrize(("rounding", "size"), [(True, 0.9), (True, 1.01), (False, 0.9)])
+def test_sums_over_many_values_do_not_cancel(dtype, shape, rounding, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 250_000, generator=generator).to(dtype)
+    amax = torch.full(shape, size).requires_grad_()
+    grad = (0.2 + torch.randn(4, 250_000, generator=generator)).to(dtype)
+    found = torch.autograd.grad(fake_quant_learned(x, amax, 8, unsigned=True, rounding=rounding), amax, grad)[0]
+    exact = amax.detach().double().requires_grad_()
+    wide = x.double()
+    y = reference(wide, exact, 8, True, True) if rounding else wide.minimum(exact)
+    expected = torch.autograd.grad((y * grad.double()).sum(), exact)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=2e-2)
+
+
 def test_a_dead_range_has_a_finite_gradient():
     amax = torch.tensor([0.0, 1.0], requires_grad=True)
     fake_quant_learned(torch.zeros(3, 2), amax, 8).sum().backward()
