@@ -12,11 +12,17 @@ from torch import Tensor
 from lq.functional import fused
 from lq.functional.operators import Function, define
 
+_SUBNORMAL = torch.tensor(1e-40, device="cpu")
+
 
 def _smallest(dtype: torch.dtype) -> float:
-    """Least number above 0."""
+    """Least number above 0 that kernels tell from it."""
     numbers = torch.finfo(dtype)
-    return numbers.smallest_normal * numbers.eps
+    least = numbers.smallest_normal * numbers.eps
+    if bool(_SUBNORMAL > 0):
+        return least
+    # torch.set_flush_denormal(True): what is less counts as 0
+    return max(least, torch.finfo(torch.promote_types(dtype, torch.float32)).smallest_normal)
 
 
 def _between(grad: Tensor, x: Tensor, low: float, high: float, result: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ def _between(grad: Tensor, x: Tensor, low: float, high: float, result: Tensor) -
 def _step(bound: Tensor) -> tuple[float, float]:
     """A number, and what leads to the next one, up or down, in the dtype that kernels compare in: float32, or float64."""
     value, dtype = float(bound.item()), torch.promote_types(bound.dtype, torch.float32)
-    return value, 0.6 * max(abs(value) * torch.finfo(dtype).eps, _smallest(dtype))
+    return value, max(0.6 * abs(value) * torch.finfo(dtype).eps, _smallest(dtype))
 
 
 def _within_range(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:

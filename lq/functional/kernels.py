@@ -27,7 +27,7 @@ GRIDS = {"integers": INTEGERS.value, "affine": AFFINE.value, (4, 3): E4M3.value,
 def _tile(inner, rows, channels, rows_each: tl.constexpr, columns: tl.constexpr):
     """Where a program's values lie, which of them there are, and where their bounds lie."""
     program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(inner, columns)
+    across = (inner - 1) // columns + 1  # cdiv's sum may not fit
     first_row, first_column = program // across * rows_each, program % across * columns
     row, column = tl.arange(0, rows_each)[:, None], tl.arange(0, columns)[None, :]
     there = (row < rows - first_row) & (column < inner - first_column)
@@ -100,7 +100,7 @@ def _learn(
     error = real - wide if rounding else tl.zeros_like(real)
     of_amax = tl.sum(tl.where(there, given.to(tl.float32) * tl.where(within, error, real), 0.0), 1)
     program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(inner, columns)
+    across = (inner - 1) // columns + 1  # cdiv's sum may not fit
     row = program // across * rows_each + tl.arange(0, rows_each)
     scaled = factor * of_amax / tl.maximum(tl.load(amax + row % channels).to(tl.float32), TINY)
     tl.store(partial + row * across + program % across, scaled, row < rows)

@@ -25,6 +25,20 @@ FORMS = {
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
+@pytest.fixture
+def flushing():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@forms
+def test_where_subnormal_numbers_count_as_zero(form, flushing):
+    x = torch.tensor([[0.0, 0.25, 0.5], [0.0, 0.25, 0.75], [0.0, 1e-3, 0.5]], requires_grad=True)
+    assert torch.autograd.grad(form(x).sum(), x)[0].tolist() == [[1.0] * 3] * 3
+
+
 def plain(form, x, grads):
     x = x.clone().requires_grad_()
     y = form(x)
