@@ -21,7 +21,10 @@ class KeepsWeights(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # a step may have changed weights behind torch's version counters, as fused optimizers do
-        if trainer.accumulate_grad_batches > 1 and trainer.global_step != self._step:
+        if trainer.accumulate_grad_batches == 1:
+            if self._step != -1:  # a scheduler came down to single batches
+                self._evaluation_ends(trainer, pl_module)
+        elif trainer.global_step != self._step:
             keep_weights_(pl_module)
             self._step = trainer.global_step
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 import lq.callbacks.keeping
 from lq.callbacks import Quantize
@@ -28,6 +29,20 @@ def test_a_fit_ends_as_without(tmp_path, monkeypatch, module, accumulate):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     steps = 3 * -(-len(loader()) // accumulate) if accumulate > 1 else 0
     assert len(kept) // 2 >= steps + 3  # and each validation
+
+
+def test_a_scheduler_that_comes_down_to_single_batches(tmp_path, monkeypatch):
+    states = []
+    for keeps in (True, False):
+        with monkeypatch.context() as patched:
+            if not keeps:
+                patched.setattr(lq.callbacks.keeping, "keep_weights_", lambda model: None)
+            seed_everything(3, verbose=False)
+            model = Fused()
+            # no validation, behind which all is forgotten
+            trainer(tmp_path, Quantize(), GradientAccumulationScheduler({0: 2, 1: 1}), max_epochs=3).fit(model, loader())
+            states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_evaluation(tmp_path, monkeypatch):
