@@ -61,7 +61,7 @@ def find_shared(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, s
 def share_(model: nn.Module, groups: Sequence[Sequence[tuple[QuantModule, str]]]) -> None:
     """Have the first quantizer of each group stand for all of it, in place."""
     for (first, first_role), *others in groups:
-        first.quantizers()[first_role]._last = LastResult()
+        first.quantizers()[first_role]._last = LastResult(1 + len(others))
         for module, role in others:
             setattr(module, f"{role}_quantizer", first.quantizers()[first_role])
     if groups:

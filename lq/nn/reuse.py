@@ -25,53 +25,100 @@ def can_be_reused(x: Tensor) -> bool:
 class _Forgetful:
     """What is remembered belongs to one object: copies begin with nothing."""
 
+    def _forgotten(self) -> tuple[Any, ...]:
+        """What a new one is made with."""
+        return ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return type(self)()
+        return type(self)(*self._forgotten())
 
     def __reduce__(self) -> Any:
-        return type(self), ()
+        return type(self), self._forgotten()
+
+
+class _Last:
+    """What a tensor became: kept for as many layers as will ask for it, and then while it is in use elsewhere."""
+
+    def __init__(self, result: Tensor, version: int, held: Tensor, key: tuple[Any, ...], layers: int) -> None:
+        self.result, self.held, self.key, self.left = weakref.ref(result), held, key, layers - 1
+        self.kept: Tensor | None = result
+        # of the result: it may be changed in place by whoever got it
+        self.version = version
+
+    def take(self) -> Tensor | None:
+        """The result, unless it is gone or changed."""
+        result = self.result()
+        self.left -= 1
+        if self.left <= 0:
+            self.kept = None
+        return result if result is not None and result._version == self.version else None
 
 
 class LastResult(_Forgetful):
-    """The last result of a quantizer that several layers share, for as long as its input and it itself are in use elsewhere.
+    """The last result of a quantizer that several layers share, until all of them have it, or its input is gone.
 
     The layers of queries, keys and values take one tensor: it is quantized once, and its gradients are masked once.
+
+    Args:
+        layers: how many share the quantizer.
     """
 
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Any, ...]] | None = None
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._last: tuple[weakref.ref[Tensor], _Last] | None = None
 
-    def get(self, x: Tensor, key: tuple[Any, ...]) -> Tensor | None:
-        """What ``x`` became, if it is what came last."""
+    def _forgotten(self) -> tuple[Any, ...]:
+        return (self.layers,)
+
+    def get(self, x: Tensor, held: Tensor, key: tuple[Any, ...]) -> Tensor | None:
+        """What ``x`` became by the amax that is ``held``, if it is what came last."""
         # read at once: other threads may set it
         last = self._last
-        if last is None or last[0]() is not x or last[2] != (x._version, torch.is_grad_enabled(), *key):
+        if last is None or last[0]() is not x or last[1].held is not held:
             return None
-        return last[1]()
+        return last[1].take() if last[1].key == self._key(x, held, key) else None
 
-    def set(self, x: Tensor, result: Tensor, key: tuple[Any, ...]) -> None:
+    def set(self, x: Tensor, result: Tensor, held: Tensor, key: tuple[Any, ...]) -> None:
         """Remember; but not for a leaf, of which there may be another backward when the graph behind the result is gone."""
         self._last = None
         if x.grad_fn is not None or not x.requires_grad:
-            self._last = weakref.ref(x), weakref.ref(result), (x._version, torch.is_grad_enabled(), *key)
+            last = _Last(result, result._version, held, self._key(x, held, key), self.layers)
+            self._last = weakref.ref(x, lambda gone: self._drop(last)), last
+
+    def _key(self, x: Tensor, held: Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return x._version, held._version, torch.is_grad_enabled(), *key
+
+    def _drop(self, last: _Last) -> None:
+        if self._last is not None and self._last[1] is last:
+            self._last = None
 
 
 class KeptWeight(_Forgetful):
     """A fake-quantized weight, until it or its amax changes."""
 
     def __init__(self) -> None:
+        self._weight: weakref.ref[Tensor] | None = None
+        self._held: Tensor | None = None
         self._key: tuple[Any, ...] = ()
         self._values: Tensor | None = None
+
+    def _is_of(self, weight: Tensor, held: Tensor, key: tuple[Any, ...]) -> bool:
+        # addresses and versions alone do not tell one tensor from the next one in its place
+        if self._values is None or self._weight is None or self._weight() is not weight or self._held is not held:
+            return False
+        return (*key, self._values._version) == self._key
 
     def of(
         self, weight: Tensor, amax: Tensor, held: Tensor, unsigned: bool, grid: tuple[Any, ...], compute: Callable[[], Tensor]
     ) -> Tensor:
         """The values, with the gradient of clipping to amax where one is asked for; amax follows from what is ``held``."""
         key = (weight.data_ptr(), weight._version, weight.dtype, held.data_ptr(), held._version, *grid)
-        if self._values is None or key != self._key:
+        if not self._is_of(weight, held, key):
             self._values = None  # before there is another
             with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode trains nothing afterwards
-                self._values, self._key = compute(), key
+                self._values = compute()
+            self._weight, self._held, self._key = weakref.ref(weight), held, (*key, self._values._version)
+        assert self._values is not None
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return self._values
         result: Tensor = _Kept.apply(weight, amax, unsigned, [self._values])  # type: ignore[no-untyped-call]

@@ -216,17 +216,18 @@ class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Modul
         return straight_through(inputs, amax, codes, desc.unsigned)
 
     def _fake_quant(self, inputs: Tensor, amax: Tensor, grid: tuple[Any, ...]) -> Tensor:
-        if (self._kept is None and self._last is None) or not can_be_reused(inputs):
+        # compiled code looks at nothing that is kept, and so is not compiled anew for it
+        if torch.compiler.is_compiling() or (self._kept is None and self._last is None) or not can_be_reused(inputs):
             return fake_quant(inputs, amax, *grid)
-        if self._kept is not None and self._amax is not None and isinstance(inputs, nn.Parameter):
-            return self._kept.of(inputs, amax, self._amax, self.unsigned, grid, lambda: fake_quant(inputs, amax, *grid))
-        if self._last is None or self._if_calib:
+        held, key = self._amax, (*grid, self.quant_desc.scale_amax)
+        if self._kept is not None and held is not None and isinstance(inputs, nn.Parameter):
+            return self._kept.of(inputs, amax, held, self.unsigned, key, lambda: fake_quant(inputs, amax, *grid))
+        if self._last is None or held is None or self._if_calib:
             return fake_quant(inputs, amax, *grid)
-        key = (amax._version if self._amax is None else self._amax._version, *grid)
-        result = self._last.get(inputs, key)
+        result = self._last.get(inputs, held, key)
         if result is None:
             result = fake_quant(inputs, amax, *grid)
-            self._last.set(inputs, result, key)
+            self._last.set(inputs, result, held, key)
         return result
 
     def _process_affine(self, inputs: Tensor) -> Tensor:

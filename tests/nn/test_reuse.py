@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import weakref
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lq
-from lq.nn import QuantLinear
+from lq.nn import QuantLinear, recompute_
 from lq.nn.reuse import forget_weights_, keep_weights_, keeping_weights
 
 
@@ -78,6 +80,106 @@ def test_one_input_of_three_layers_is_quantized_once(shared, monkeypatch):
             for layer in (one.q, one.k, one.v):
                 layer.input_quantizer.amax = torch.tensor(0.5)
         torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+
+
+@contextmanager
+def frozen(model: nn.Module):
+    model.requires_grad_(False)
+    yield
+    model.requires_grad_(True)
+
+
+MODES = {
+    "without gradients": lambda model: torch.no_grad(),
+    "autocast": lambda model: torch.autocast("cpu", torch.bfloat16),
+    "frozen": frozen,
+    "recompute": lambda model: nullcontext(recompute_(model)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_input_of_three_layers_is_quantized_once_in(shared, monkeypatch, mode):
+    model, x = shared
+    expected, found = separate(model), calls(monkeypatch)
+    with MODES[mode](model):
+        y = model(x)
+        assert sum(not isinstance(t, nn.Parameter) for t in found) == 1
+        if mode == "recompute":
+            recompute_(expected)
+        torch.testing.assert_close(y, expected(x), rtol=0, atol=0)
+        if mode != "without gradients" and mode != "frozen":
+            torch.testing.assert_close(gradients(model, x), gradients(expected, x))
+
+
+def test_what_is_shared_is_not_held_when_all_have_it(shared, monkeypatch):
+    import lq.nn.tensor_quantizer as module
+
+    model, x = shared
+    results, original = [], module.fake_quant
+
+    def watched(x, *args):
+        y = original(x, *args)
+        results.append((isinstance(x, nn.Parameter), weakref.ref(y)))
+        return y
+
+    monkeypatch.setattr(module, "fake_quant", watched)
+    with torch.no_grad():
+        normed = model.norm(x)
+        for layer in (model.q, model.k):
+            layer(normed)
+        (held,) = [y for is_weight, y in results if not is_weight]
+        assert held() is not None
+        model.v(normed)
+        assert held() is None  # though its input is still there
+        model.q(normed)
+        held = [y for is_weight, y in results if not is_weight][-1]
+        assert held() is not None
+        del normed
+        assert held() is None
+
+
+def quantizer_of(model: nn.Module, kind: str) -> lq.TensorQuantizer:
+    return model.q.input_quantizer if kind == "input" else model.q.weight_quantizer
+
+
+def changed_amax(q: lq.TensorQuantizer) -> None:
+    new = 0.3 * q.amax
+    q.amax = None
+    q.amax = new
+
+
+CHANGES = {
+    "scale of amax": lambda q: setattr(q, "quant_desc", q.quant_desc.replace(scale_amax=0.5)),
+    "another amax": changed_amax,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["input", "weight"])
+def test_nothing_stale(shared, change, kind):
+    model, x = shared
+    quantizer = quantizer_of(model, kind)
+    value = x.clone() if kind == "input" else model.q.weight
+    keep_weights_(model)
+    with torch.no_grad():
+        first = quantizer(value)
+        CHANGES[change](quantizer)
+        fresh = copy.deepcopy(quantizer)
+        fresh._kept = fresh._last = None
+        assert torch.equal(quantizer(value), fresh(value))
+        assert not torch.equal(quantizer(value), first)
+
+
+@pytest.mark.parametrize("kind", ["input", "weight"])
+def test_a_result_that_somebody_changed_is_not_used_again(shared, kind):
+    model, x = shared
+    value = x.clone() if kind == "input" else model.q.weight
+    keep_weights_(model)
+    with torch.no_grad():
+        first = quantizer_of(model, kind)(value)
+        expected = first.clone()
+        first.mul_(100)
+        assert torch.equal(quantizer_of(model, kind)(value), expected)
 
 
 def test_shared_result_goes_with_its_input(shared):
