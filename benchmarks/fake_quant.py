@@ -146,6 +146,8 @@ def overhead(device: str, calls: int = 500, repeats: int = 21) -> Table:
         "lq.TensorQuantizer": lq.QuantDescriptor(amax=1.0),
         "lq.TensorQuantizer, per channel": lq.QuantDescriptor(axis=0, amax=[1.0] * 4),
         "lq.TensorQuantizer, FP8": lq.QuantDescriptor(num_bits=(4, 3), amax=1.0),
+        "lq.TensorQuantizer, blocks": lq.QuantDescriptor(axis=0, block_size=2, amax=[[[1.0]] * 2] * 4),
+        "lq.TensorQuantizer, learned": lq.QuantDescriptor(amax=1.0, learn_amax="lsq"),
     }
     contenders: Contenders = {"clone": torch.clone}
     contenders["torch"] = lambda x: torch.fake_quantize_per_tensor_affine(x, 1 / 127, 0, -127, 127)

@@ -43,7 +43,7 @@ from lq.surgery import named_quantizers
 Step = Callable[[], object]
 PEER = "ModelOpt" if importlib.util.find_spec("modelopt") else None
 # what no change may make of a ratio on any machine, however busy: the first two are 0.2 to 0.6 on an idle one, and were 1.0 once
-BOUNDS = {"per tensor": 1.5, "per channel": 1.5, "ResNet-20": 2.0, "encoder": 2.0, "memory": 1.8}
+BOUNDS = {"per tensor": 0.9, "per channel": 0.9, "ResNet-20": 1.6, "encoder": 1.6, "memory": 1.8}
 
 
 def resnet(batch: int = 128, width: int = 16, blocks: int = 3) -> tuple[nn.Module, Tensor]:
