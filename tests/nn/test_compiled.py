@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lq
 from lq.nn import recompute_
+from lq.nn.reuse import keeping_weights
 
 RULES = {
     "fixed": "int8",
@@ -39,6 +40,8 @@ def test_refreshing_and_freezing_compile_nothing_and_collecting_once(kind, recom
         quantizer.amax = 1.1 * quantizer.amax
     assert compiles() == 1
     torch.testing.assert_close(compiled(x), model(x))
+    with keeping_weights(model):
+        assert compiles() == 1
     if "fixed" in kind:
         lq.freeze_(model)
         assert compiles() == 1
