@@ -11,7 +11,7 @@ batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
 recipe, ``lq-distilled`` has the float model as a teacher beside it, in bfloat16. ``--epochs 0`` only calibrates, ``--rate`` is
 where the cosine starts. Every model is looked at as its tool leaves it, and with statistics of BatchNorm that are estimated
-anew, as ``conf/experiment/cifar10_low_bits.yaml`` has it: behind calibration on its batches, after each epoch on 50 train
+anew, as ``conf/experiment/cifar10_low_bits.yaml`` does: behind calibration on its batches, after each epoch on 50 train
 batches, and after the last on an epoch of them. (torchao's graphs have no BatchNorm to do so with.) With ``--graph``, on a GPU,
 forward and backward come out of a CUDA graph, as launching them one by one takes longer than computing; not every peer can be
 captured.

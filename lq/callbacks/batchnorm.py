@@ -1,6 +1,5 @@
 """BatchNorm statistics that belong to the quantized weights."""
 
-import math
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,27 +22,21 @@ class ReestimateBatchNorm(Callback):
 
     Args:
         batches: train batches, on each rank, whose statistics are averaged, with those of the other ranks; 0 does nothing.
-        at_end: how many there are at the end of the fit, where the model is left behind, and in the validation of its last step,
-            if that is known beforehand; ``None`` takes ``batches``. Few batches scatter.
 
     Raises:
-        ValueError: ``batches`` is negative, or ``at_end`` not positive.
+        ValueError: a negative number of batches.
         MisconfigurationException: the module has no BatchNorm, or the fit has a ScaleFreeze that freezes them, or a
             WeightAveraging stands behind this callback.
     """
 
-    def __init__(self, batches: int = 50, at_end: int | None = None) -> None:
+    def __init__(self, batches: int = 50) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
             raise ValueError(f"`batches` is {batches!r}: give a number of train batches, or 0 to leave BatchNorm alone.")
-        if at_end is not None and (isinstance(at_end, bool) or not isinstance(at_end, int) or at_end < 1):
-            raise ValueError(f"`at_end` is {at_end!r}: give a number of train batches, or None for as many as before.")
-        self.batches, self.at_end = batches, at_end or batches
-        # those that the last train batch changed, and the step of which they are and from how many batches
+        self.batches = batches
+        # those that the last train batch changed, and the step of which they are
         self._live: list[_BatchNorm] = []
         self._norms: list[_BatchNorm] = []
-        self._estimated = (-1, 0)
-        # of the fit
-        self._steps = math.inf
+        self._step = -1
 
     def reestimation_step(self, pl_module: LightningModule, batch: Any) -> None:
         """Run the model on a batch, as :meth:`Quantize.calibration_step` does. Override it for batches that need more."""
@@ -65,10 +58,10 @@ class ReestimateBatchNorm(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._norms, self._live, self._estimated = [], [], (-1, 0)
+        self._norms, self._live, self._step = [], [], -1
         if not self.batches:
             return
-        self._norms, self._steps = batchnorms(pl_module), trainer.estimated_stepping_batches
+        self._norms = batchnorms(pl_module)
         if not self._norms:
             raise MisconfigurationException(f"{type(pl_module).__name__} has no BatchNorm to estimate: set `batches` to 0.")
 
@@ -77,22 +70,20 @@ class ReestimateBatchNorm(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here, because what changes scales at the end of a train batch has done so, and averages are in their place
-        ends = trainer.should_stop or trainer.global_step >= self._steps
-        self._estimate(trainer, pl_module, self.at_end if ends else self.batches)
+        self._estimate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._estimate(trainer, pl_module, self.at_end)
+        self._estimate(trainer, pl_module)
         self._norms, self._live = [], []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._norms, self._live = [], []
 
-    def _estimate(self, trainer: Trainer, pl_module: LightningModule, batches: int) -> None:
-        wanted = (trainer.global_step, batches)
-        if not self._live or self._estimated == wanted:
+    def _estimate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._live or self._step == trainer.global_step:
             return
-        self._estimated = wanted
+        self._step = trainer.global_step
         with untouched_data(trainer.train_dataloader) as loaders, reestimating_batchnorm(pl_module, self._live):
-            for batch in train_batches(trainer, pl_module, loaders, batches):
+            for batch in train_batches(trainer, pl_module, loaders, self.batches):
                 with trainer.precision_plugin.forward_context():
                     self.reestimation_step(pl_module, batch)

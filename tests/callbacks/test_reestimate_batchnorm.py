@@ -1,7 +1,5 @@
 """A fit whose BatchNorm statistics are estimated anew."""
 
-from collections import Counter
-
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -61,56 +59,11 @@ def test_without_a_validation_they_are_there_at_the_end(tmp_path):
     torch.testing.assert_close(left, model.net[1].running_mean)
 
 
-class Counted(ReestimateBatchNorm):
-    """Remembers the step of each batch that it runs."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.steps = []
-
-    def reestimation_step(self, pl_module, batch):
-        super().reestimation_step(pl_module, batch)
-        self.steps.append(pl_module.trainer.global_step)
-
-
-class Stop(Callback):
-    """Ends the fit at a validation, of which nobody knew that it is the last."""
-
-    def on_validation_end(self, trainer, pl_module):
-        trainer.should_stop = trainer.global_step > 0
-
-
-@pytest.mark.parametrize(
-    ("numbers", "more", "options", "expected"),
-    [
-        ((3, 5), [], {}, {8: 3, 16: 5}),
-        ((3, 5), [], {"max_epochs": 9, "max_steps": 12, "val_check_interval": 4}, {4: 3, 8: 3, 12: 5}),
-        ((3,), [], {}, {8: 3, 16: 3}),
-        ((0, 5), [], {}, {}),
-        # what was estimated for the validation is done again, over more
-        ((3, 5), [Stop()], {}, {8: 3 + 5}),
-    ],
-)
-def test_the_end_may_have_more_batches(tmp_path, numbers, more, options, expected):
-    anew = Counted(*numbers)
-    quantize = Quantize(W2, alpha=None)
-    seed_everything(0, verbose=False)
-    model = Tiny()
-    fitting = trainer(tmp_path, quantize, anew, *more, **options)
-    fitting.fit(model, loader(), loader())
-    assert Counter(anew.steps) == expected
-    assert quantize.stages["qat"] == pytest.approx(fitting.validate(model, loader(), verbose=False)[0])
-    if expected:
-        left = model.net[1].running_mean.clone()
-        reestimate_batchnorm_(model, [batch[:1] for batch in loader()][: numbers[-1]])
-        torch.testing.assert_close(left, model.net[1].running_mean)
-
-
 def test_the_best_model_keeps_its_statistics(tmp_path):
     quantize = Quantize(W2, alpha=None, keep_best=True, monitor="val_loss", mode="max")  # the worst, which comes first
     seed_everything(0, verbose=False)
     model = Tiny()
-    fitting = trainer(tmp_path, quantize, Counted(3, 5), max_epochs=2)
+    fitting = trainer(tmp_path, quantize, ReestimateBatchNorm(3), max_epochs=2)
     fitting.fit(model, loader(), loader())
     assert quantize.kept
     assert quantize.stages["kept"] == pytest.approx(fitting.validate(model, loader(), verbose=False)[0])
@@ -168,8 +121,6 @@ def test_a_fit_that_was_cut_off_ends_the_same(tmp_path, average):
 def test_what_it_does_not_go_with_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`batches` is -1"):
         ReestimateBatchNorm(-1)
-    with pytest.raises(ValueError, match="`at_end` is 0: give a number of train batches"):
-        ReestimateBatchNorm(8, at_end=0)
     with pytest.raises(MisconfigurationException, match="Tiny has no BatchNorm to estimate"):
         trainer(tmp_path, ReestimateBatchNorm(2)).fit(Tiny(batchnorm=False), loader(), loader())
     recipe = QuantizationAwareTraining(W2, target=None)
