@@ -18,8 +18,8 @@ captured.
 
 Columns: top-1 on all test images after calibration and after the last epoch, both as they are and with BatchNorm anew, and
 after the best epoch (means and standard deviations where there are several seeds), and the seconds of an epoch against those of
-``float``, if it is asked for. ``--out`` gets
-a row as soon as it is known, so that several processes can share the work; ``--table`` prints one table of all their files.
+``float``, if it is asked for. ``--out`` gets a row as soon as it is known, so that several processes can share the work;
+``--table`` prints one table of all their files.
 
 Peers belong into a virtual environment of their own: ``pip install -e .[recipes] nvidia-modelopt brevitas torchao``.
 """
@@ -30,7 +30,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +151,12 @@ def captured(model: nn.Module, loss: Loss, images: Tensor, classes: Tensor) -> C
     return replay
 
 
-def looked_at(model: nn.Module, data: Data, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Top-1 as the model is, and with BatchNorm statistics of ``batches``, which stay."""
-    found = {"as it is": data.top1(model)}
+def looked_at(name: str, model: nn.Module, data: Data, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Top-1 as the model is, under ``name``, and with BatchNorm statistics of ``batches``, which stay."""
+    found = {name: data.top1(model)}
     if batchnorms(model):
         reestimate_batchnorm_(model, batches)
-        found["anew"] = data.top1(model)
+        found[f"{name}, anew"] = data.top1(model)
     return found
 
 
@@ -182,7 +181,7 @@ def fit(
     for left in reversed(range(epochs)):
         model.train()
         seconds = timed(epoch)
-        yield looked_at(model, data, data.first(BATCHNORM_BATCHES if left else data.steps, seed)), seconds
+        yield looked_at("last", model, data, data.first(BATCHNORM_BATCHES if left else data.steps, seed)), seconds
 
 
 def measured(
@@ -191,7 +190,7 @@ def measured(
     """A row of the table; ``of_float``: seconds of a float epoch."""
     batches = list(data.first(CALIBRATION_BATCHES, seed))
     student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, batches)
-    row: Row = {"tool": tool, "bits": bits, "seed": seed, "calibrated": looked_at(student, data, batches)}
+    row: Row = {"tool": tool, "bits": bits, "seed": seed, **looked_at("calibrated", student, data, batches)}
     row |= {"epochs": arguments.epochs, "rate": arguments.rate}
     loss = distilled(torch.compile(model) if arguments.compile else model) if tool == DISTILLED else hard
     trains = bits != 8 and arguments.epochs
@@ -200,7 +199,7 @@ def measured(
         found.append((top1, seconds))
         print(f"{tool}, {name_of(bits)}, after epoch {len(found)}: {top1}, {seconds:.1f} s", file=sys.stderr, flush=True)
     if found:
-        row |= {"last": found[-1][0], "best": max(max(top1.values()) for top1, _ in found)}
+        row |= found[-1][0] | {"best": max(max(top1.values()) for top1, _ in found)}
         # the first epoch also chooses kernels
         row["seconds"] = statistics.median([s for _, s in found[1:] or found])
         row |= {"ratio": row["seconds"] / (of_float or row["seconds"])} if of_float or tool == FLOAT else {}
@@ -214,9 +213,9 @@ def name_of(bits: int | None) -> str:
     return "float" if bits is None else f"W{bits}A{bits}"
 
 
-def cell(rows: list[Row], *keys: str) -> str:
+def cell(rows: list[Row], key: str) -> str:
     """Mean, and standard deviation over seeds."""
-    values = [value for row in rows if (value := reduce(lambda found, key: found.get(key, {}), keys, row))]
+    values = [row[key] for row in rows if key in row]
     if not values:
         return ""
     mean = f"{statistics.mean(values):.2f}"
@@ -230,17 +229,17 @@ def table(rows: list[Row]) -> Table:
     order = [FLOAT, *TOOLS]
     keys = sorted(groups, key=lambda key: (-(key[0] or 99), order.index(key[1])))
     epochs = max((row["epochs"] for row in rows), default=0)
-    measures: list[tuple[str, tuple[str, ...]]] = [
-        ("Calibrated", ("calibrated", "as it is")),
-        ("BatchNorm anew", ("calibrated", "anew")),
-        (f"After {epochs} epochs", ("last", "as it is")),
-        ("BatchNorm anew", ("last", "anew")),
-        ("Best epoch", ("best",)),
-        ("Epoch / float", ("ratio",)),
-    ]
-    columns = ["Model", "Tool", "Seeds", *(name for name, _ in measures)]
+    measures = {
+        "calibrated": "Calibrated",
+        "calibrated, anew": "BatchNorm anew",
+        "last": f"After {epochs} epochs",
+        "last, anew": "BatchNorm anew",
+        "best": "Best epoch",
+        "ratio": "Epoch / float",
+    }
+    columns = ["Model", "Tool", "Seeds", *measures.values()]
     cells = [
-        [name_of(bits), tool, str(len(found)), *(cell(found, *path) for _, path in measures)]
+        [name_of(bits), tool, str(len(found)), *(cell(found, key) for key in measures)]
         for (bits, tool), found in ((key, groups[key]) for key in keys)
     ]
     return Table("Top-1 on the test images, %", columns, cells)

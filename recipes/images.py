@@ -116,16 +116,13 @@ class ImagesDataModule(LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
 
-    def _load(self) -> tuple[dict[str, Split], list[str]]:
-        if self.hparams["dataset"] is not None:
-            return _of_dataset(self.hparams["dataset"], self.hparams["path"])
-        return load_images(self.hparams["path"], self.hparams["cache"])
-
     def prepare_data(self) -> None:
-        self._load()
+        path, dataset = self.hparams["path"], self.hparams["dataset"]
+        _datasets(dataset, path) if dataset else load_images(path, self.hparams["cache"])
 
     def setup(self, stage: str) -> None:
-        splits, self.classes = self._load()
+        path, dataset = self.hparams["path"], self.hparams["dataset"]
+        splits, self.classes = _of_dataset(dataset, path) if dataset else load_images(path, self.hparams["cache"])
         mean, std = self.hparams["mean"], self.hparams["std"]
         self.train_set = Images(splits["train"], mean, std, self.hparams["padding"], self.hparams["flip"])
         self.val_set = Images(splits["test"], mean, std)
@@ -166,13 +163,18 @@ def load_images(path: str | Path, cache: str | Path) -> tuple[dict[str, Split], 
     return splits, classes
 
 
-def _of_dataset(name: str, path: str) -> tuple[dict[str, Split], list[str]]:
-    """What a class of torchvision's holds, in memory as it is, so that no cache is needed."""
+def _datasets(name: str, path: str) -> dict[str, Any]:
+    """Both splits of a class of torchvision's, loaded into ``path`` where they are not there."""
     try:
         dataset = get_class(name)
     except ImportError as error:
         raise ImportError(f"`dataset` is {name!r}, which cannot be imported: install torchvision. ({error})") from error
-    found = {s: dataset(root=str(Path(path).expanduser()), train=s == "train", download=True) for s in ("train", "test")}
+    return {s: dataset(root=str(Path(path).expanduser()), train=s == "train", download=True) for s in ("train", "test")}
+
+
+def _of_dataset(name: str, path: str) -> tuple[dict[str, Split], list[str]]:
+    """What they hold, in memory as it is, so that no cache is needed."""
+    found = _datasets(name, path)
     splits = {s: [(label, _rgb(image)) for image, label in images] for s, images in found.items()}
     return {split: _stacked(split, images, path) for split, images in splits.items()}, list(found["train"].classes)
 

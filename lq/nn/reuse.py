@@ -39,11 +39,11 @@ class _Forgetful:
 class _Last:
     """What a tensor became: kept for as many layers as will ask for it, and then while it is in use elsewhere."""
 
-    def __init__(self, result: Tensor, version: int, held: Tensor, key: tuple[Any, ...], layers: int) -> None:
+    def __init__(self, result: Tensor, held: Tensor, key: tuple[Any, ...], layers: int) -> None:
         self.result, self.held, self.key, self.left = weakref.ref(result), held, key, layers - 1
         self.kept: Tensor | None = result
         # of the result: it may be changed in place by whoever got it
-        self.version = version
+        self.version = result._version
 
     def take(self) -> Tensor | None:
         """The result, unless it is gone or changed."""
@@ -82,7 +82,7 @@ class LastResult(_Forgetful):
         """Remember; but not for a leaf, of which there may be another backward when the graph behind the result is gone."""
         self._last = None
         if x.grad_fn is not None or not x.requires_grad:
-            last = _Last(result, result._version, held, self._key(x, held, key), self.layers)
+            last = _Last(result, held, self._key(x, held, key), self.layers)
             self._last = weakref.ref(x, lambda gone: self._drop(last)), last
 
     def _key(self, x: Tensor, held: Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -125,8 +125,10 @@ def test_what_it_does_not_go_with_is_refused(tmp_path):
         trainer(tmp_path, ReestimateBatchNorm(2)).fit(Tiny(batchnorm=False), loader(), loader())
     recipe = QuantizationAwareTraining(W2, target=None)
     for other in (ScaleFreeze(), recipe):
+        quantize = Quantize(W2, alpha=None)
         with pytest.raises(MisconfigurationException, match=r"`schedule\.freeze_batchnorm=false`"):
-            trainer(tmp_path, Quantize(W2, alpha=None), other, ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
+            trainer(tmp_path, quantize, other, ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
+        assert not quantize.stages  # before anything is calibrated
     with pytest.raises(MisconfigurationException, match=r"WeightAveraging stands behind ReestimateBatchNorm.*put it before"):
         trainer(tmp_path, ReestimateBatchNorm(2), WeightAveraging()).fit(Tiny(), loader(), loader())
     trainer(tmp_path, ReestimateBatchNorm(0), max_epochs=1).fit(Tiny(batchnorm=False), loader(), loader())
