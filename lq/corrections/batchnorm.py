@@ -38,7 +38,7 @@ def reestimating_batchnorm(model: M, norms: Iterable[_BatchNorm] | None = None) 
         norms: those to estimate; by default all of ``model`` that keep statistics.
 
     Raises:
-        ValueError: there is none, or a mean or variance is not finite (on any rank).
+        ValueError: there is none, no forward reaches one, or a mean or variance is not finite (on any rank).
 
     >>> model = nn.Sequential(nn.BatchNorm1d(1)).eval()
     >>> with reestimating_batchnorm(model):
@@ -127,7 +127,7 @@ def _put_back_(norm: _BatchNorm, values: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def _average_(norms: list[Any]) -> None:
-    """Average statistics over ranks, in place, each by the batches that it has seen; complain where they are not finite."""
+    """Average statistics over ranks, in place, each by the batches that it has seen; complain of none, and of infinite ones."""
     counts = torch.stack([norm.num_batches_tracked for norm in norms]).double()
     sizes = [2 * norm.num_features for norm in norms]
     sums = torch.cat(
@@ -139,6 +139,8 @@ def _average_(norms: list[Any]) -> None:
     if not bool(flat.isfinite().all()):
         raise ValueError("BatchNorm statistics are not finite: look for bad samples, or for a layer that overflows.")
     counts, sums = flat[: len(norms)], flat[len(norms) :]
+    if not counts.any():
+        raise ValueError("No batch reached a BatchNorm: give at least one, and a generator only once.")
     for norm, count, total in zip(norms, counts, torch.split(sums, sizes), strict=True):
         mean, variance = (total / count.clamp_min(1)).chunk(2)
         norm.running_mean.copy_(mean)

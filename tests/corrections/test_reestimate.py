@@ -56,9 +56,12 @@ def test_what_goes_wrong_changes_nothing():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="BatchNorm statistics are not finite"):
         reestimate_batchnorm_(model, [*batches(1), (torch.full((4, 3, 8, 8), torch.nan),)])
+    for none in ([], iter([])):
+        with pytest.raises(ValueError, match="No batch reached a BatchNorm"):
+            reestimate_batchnorm_(model, none)
     with pytest.raises(RuntimeError, match="channels"):
         reestimate_batchnorm_(model, [*batches(1), (torch.ones(1, 2, 8, 8),)])
-    with reestimating_batchnorm(model):
+    with pytest.raises(ValueError, match="No batch reached"), reestimating_batchnorm(model):
         pass  # no forward
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
