@@ -8,7 +8,7 @@ from lq.load import load_quantized
 from lq.nn import TensorQuantizer
 from lq.ptq import QuantizationConfig, QuantizationMethod, ThresholdSelectionMethod, post_training_quantization
 from lq.rescale import RescalingCalibrator
-from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, unfreeze_
+from lq.surgery import dequantize_, freeze_, named_quantizers, quantize_, rules_of, unfreeze_
 from lq.version import __version__
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "post_training_quantization",
     "quant_modules",
     "quantize_",
+    "rules_of",
     "tensor_quant",
     "unfreeze_",
     "utils",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +19,7 @@ from lq.nn.input_channels import add_to_bias_, has_input_channels
 from lq.nn.quant_module import QuantModule
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.placed import Placement, placement_of
-from lq.surgery import has_quantized_layers, quantize_, quantize_as_
+from lq.surgery import has_quantized_layers, quantize_, quantize_as_, rules_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,13 +43,13 @@ def load_quantized(
     Args:
         model: a module, or its class: a ``LightningModule`` is built with the hyperparameters in the checkpoint.
         path: a Lightning checkpoint, or a state dict.
-        rules: what the quantizers were placed by; the checkpoints of ``Quantize`` have it.
+        rules: what the quantizers were placed by, where the checkpoint does not have it; those of ``Quantize`` have.
         target: what they were placed for, as for :func:`lq.quantize_`, where the checkpoint does not have it.
         args: positional inputs of one forward, with a target; by default the model's ``example_input_array``.
         kwargs: for the class.
 
     Raises:
-        ValueError: the file cannot be read, is of a float model, has no rules, or does not fit the model.
+        ValueError: the file cannot be read, is of a float model, has no rules or other ones, or does not fit the model.
         TypeError: ``kwargs`` for a model that exists already.
 
     >>> import tempfile, torch, lq
@@ -64,17 +66,23 @@ def load_quantized(
     state: dict[str, Any] = checkpoint.get("state_dict", checkpoint)
     if not any(".input_quantizer." in key or "_quantizer._amax" in key or "_quantizer.clip." in key for key in state):
         raise ValueError(f"`path` {path} has no amax: it is of a float model. Load it into that, and quantize.")
-    rules = rules if rules is not None else checkpoint.get(RULES)
-    if rules is None:
+    if rules is not None:
+        check_origin(checkpoint, rules, path)
+    elif (rules := checkpoint.get(RULES)) is None:
         raise ValueError(f"`path` {path} does not say which rules its quantizers were placed by: give `rules`.")
     module = _built(model, path, kwargs)
     leave_folded_(module, state)
-    if not has_quantized_layers(module):
+    if has_quantized_layers(module):
+        check_origin({RULES: rules}, rules_of(module) or rules, path)
+    else:
         placement = checkpoint.get(PLACEMENT)
         if target is None and placement is None and any(".residual_quantizer." in key for key in state):
             raise ValueError(f"`path` {path} has quantized shortcuts, and does not say for which target: give `target`.")
         if target is None and placement is not None:
-            quantize_as_(module, rules, Placement(**placement))
+            try:
+                quantize_as_(module, rules, Placement(**placement))
+            except ValueError as error:
+                raise ValueError(f"`path` {path} does not fit {type(module).__name__}: {error}") from None
         else:
             quantize_(module, rules, target=target, args=args)
     place_factors_(module, state)
@@ -94,8 +102,10 @@ def _built(model: M | type[M], path: str | Path, kwargs: dict[str, Any]) -> M:
             raise TypeError(f"`model` exists already, and {', '.join(map(repr, kwargs))} would be for its class.")
         return model
     if issubclass(model, LightningModule):
-        # quantizers are not placed yet, so their keys are left
-        return model.load_from_checkpoint(path, map_location="cpu", strict=False, **kwargs)
+        with warnings.catch_warnings():
+            # quantizers are not placed yet, so their keys are left; afterwards all are loaded, strictly
+            warnings.filterwarnings("ignore", "Found keys that are")
+            return model.load_from_checkpoint(path, map_location="cpu", strict=False, **kwargs)
     return model(**kwargs)
 
 
@@ -119,9 +129,21 @@ def place_factors_(module: nn.Module, state: dict[str, Any]) -> None:
     leave_fast_paths_(module)
 
 
-def origin_of(model: nn.Module, rules: Rules) -> dict[str, Any]:
+def origin_of(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint needs beside the state of a quantized model, so that :func:`load_quantized` can build it again."""
-    return {RULES: to_plain(rules), PLACEMENT: dataclasses.asdict(placement_of(model))}
+    rules = rules_of(model)
+    return ({} if rules is None else {RULES: to_plain(rules)}) | {PLACEMENT: dataclasses.asdict(placement_of(model))}
+
+
+def check_origin(checkpoint: Mapping[str, Any], rules: Rules, path: str | Path) -> None:
+    """Raise ``ValueError`` where a checkpoint's quantizers were placed by other rules: its amax would fit, and the codes not."""
+    if RULES not in checkpoint:
+        return
+    found, wanted = resolve_rules(checkpoint[RULES]), resolve_rules(rules)
+    if found != wanted:
+        other = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), None)
+        how = f"by {len(found)} rules, not by these {len(wanted)}" if other is None else f"by {other[0]}, not by {other[1]}"
+        raise ValueError(f"{path} was quantized {how}: give `rules` as they were, `torch.load(path)[{RULES!r}]`.")
 
 
 def to_plain(rules: Rules) -> list[dict[str, Any]]:

@@ -27,17 +27,24 @@ class Placement:
     shared: list[list[str]]
 
     def place_products_(self, model: nn.Module) -> None:
-        """Give products of functions their modules, in place: before layers are quantized."""
+        """Give products of functions their modules, in place: before layers are quantized.
+
+        Raises:
+            ValueError: a block that the model does not have.
+        """
         for block, functions in self.products.items():
-            add_products_(model.get_submodule(block), functions)
+            add_products_(_child(model, block), functions)
 
     def place_(self, model: nn.Module) -> None:
-        """Quantize the shortcuts and share quantizers, in place: after layers were quantized."""
+        """Quantize the shortcuts and share quantizers, in place: after layers were quantized.
+
+        Raises:
+            ValueError: a block or layer that the model does not have, or that has no quantizers.
+        """
         for block, name, operand, both in self.shortcuts:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, QuantModule)
+            layer = _layer(model, name)
             desc = layer.quantizers()["input"].quant_desc
-            quantize_shortcut_(model.get_submodule(block), layer, operand, desc, both=both)
+            quantize_shortcut_(_child(model, block), layer, operand, desc, both=both)
         share_(model, [[_site(model, name) for name in group] for group in self.shared])
 
 
@@ -65,6 +72,20 @@ def placement_of(model: nn.Module) -> Placement:
 
 def _site(model: nn.Module, name: str) -> tuple[QuantModule, str]:
     owner, _, role = name.rpartition(".")
-    module = model.get_submodule(owner)
-    assert isinstance(module, QuantModule)
-    return module, role
+    return _layer(model, owner), role
+
+
+def _child(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"{type(model).__name__} has no module `{name}`, where a quantizer belongs: it is another model."
+        ) from None
+
+
+def _layer(model: nn.Module, name: str) -> QuantModule:
+    layer = _child(model, name)
+    if not isinstance(layer, QuantModule):
+        raise ValueError(f"`{name}` is a {type(layer).__name__}, which has no quantizers: the model, or its rules, are others.")
+    return layer

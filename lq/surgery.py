@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -27,6 +27,9 @@ from lq.products import is_for_products, named_products
 from lq.sharing import leave_sharing_
 
 M = TypeVar("M", bound=nn.Module)
+
+# Where a model has the rules that it was quantized by.
+RULES = "_lq_rules"
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -166,6 +169,7 @@ def _quantize(model: nn.Module, rules: list[QuantRule], products: bool = False) 
             for quantizer in to_quantized_(layers[name], rule.input, rule.weight).quantizers().values():
                 quantizer.dynamic = False
     leave_fast_paths_(model)
+    remember_rules_(model, rules)
 
 
 def _choose(rules: list[QuantRule], layers: dict[str, nn.Module], products: bool) -> dict[str, QuantRule]:
@@ -214,7 +218,23 @@ def dequantize_(model: M) -> M:
     leave_sharing_(model)
     remove_products_(model)
     take_fast_paths_(model)
+    vars(model).pop(RULES, None)
     return model
+
+
+def remember_rules_(model: nn.Module, rules: Sequence[QuantRule]) -> None:
+    """Have a model know by which rules its quantizers were placed, in place; its copies know it too."""
+    vars(model)[RULES] = tuple(rules)
+
+
+def rules_of(model: nn.Module) -> list[QuantRule] | None:
+    """The rules that a model was quantized by, or ``None``: it is in float, or was quantized layer by layer.
+
+    >>> rules_of(quantize_(nn.Linear(2, 2), "w4a8"))[0].weight.num_bits
+    4
+    """
+    rules = vars(model).get(RULES)
+    return None if rules is None else list(rules)
 
 
 # Freezing

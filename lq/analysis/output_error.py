@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lq.analysis.quantizer_stats import decibels
-from lq.nn.example import as_args, on_device_of
+from lq.nn.example import on_device_of, positional_inputs
 
 # A torchmetrics object, updated with each output and its target; or a function of the whole model.
 MetricLike = Metric | Callable[[nn.Module], Any]
@@ -87,7 +87,7 @@ class OutputError:
         if isinstance(batches, Tensor):
             raise TypeError("`batches` is one tensor: give a list of batches, each as the model takes it.")
         self._model, self._metric = model, metric.clone() if isinstance(metric, Metric) else metric
-        self.batches = [on_device_of(model, as_args(batch)) for batch in batches]
+        self.batches = [positional_inputs(model, batch) for batch in batches]
         if not self.batches:
             raise ValueError("`batches` is empty: give at least one, as the model takes it.")
         self._targets = _checked(metric, targets, self.batches)

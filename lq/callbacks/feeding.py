@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lq.calib import Calibrator
+from lq.nn.evaluating import evaluating
 from lq.nn.example import Example, example_inputs, on_device_of
 
 REMEDY = "Override `Quantize.calibration_step(pl_module, batch)` and run the model on the batch there."
@@ -149,11 +150,14 @@ def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:
     return [g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)]
 
 
-def example_of(trainer: Trainer, pl_module: LightningModule) -> Example:
-    """Inputs of one forward before anything runs: the module's ``example_input_array``, or what it takes of a first batch.
+def example_of(trainer: Trainer, pl_module: LightningModule, step: Callable[[LightningModule, Any], None]) -> Example:
+    """Inputs of one forward before anything runs: the module's ``example_input_array``, or what ``step`` takes of a first batch.
+
+    Args:
+        step: runs the module on a batch, as :meth:`lq.callbacks.Quantize.calibration_step` does.
 
     Raises:
-        MisconfigurationException: the module has no ``forward``, or there is no batch that fits it.
+        MisconfigurationException: there is no batch, or none that reaches ``forward`` and fits it.
     """
     if pl_module.example_input_array is not None:
         return example_inputs(pl_module)
@@ -163,9 +167,22 @@ def example_of(trainer: Trainer, pl_module: LightningModule) -> Example:
     assert loop is not None
     with untouched_data(loop._data_source.dataloader()) as loaders:
         for batch, _, _ in CombinedLoader(loaders, "max_size_cycle" if trainer.training else "sequential"):
-            example: Example = on_device_of(pl_module, forward_arguments(pl_module.forward, batch))
-            return example
+            with evaluating(pl_module):
+                return _first_inputs(pl_module, step, on_device_of(pl_module, batch))
     raise MisconfigurationException("The dataloader gave no batch.")
+
+
+def _first_inputs(pl_module: LightningModule, step: Callable[[LightningModule, Any], None], batch: Any) -> Example:
+    """What the module's first forward takes when ``step`` runs it on a batch."""
+    found: list[Example] = []
+    hook = pl_module.register_forward_pre_hook(lambda module, *inputs: found.append(inputs), with_kwargs=True)
+    try:
+        step(pl_module, batch)
+    finally:
+        hook.remove()
+    if not found:
+        raise MisconfigurationException(f"`calibration_step` does not call {type(pl_module).__name__} itself.")
+    return found[0]
 
 
 def train_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any, limit: int) -> Iterator[Any]:

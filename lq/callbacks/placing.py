@@ -1,5 +1,6 @@
 """Quantizers into a module whose fit is being set up."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,15 +13,22 @@ from lq.descriptor import Rules
 from lq.functional.amax import amax_shape
 from lq.load import place_factors_
 from lq.nn.quant_module import QuantModule
+from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.surgery import named_quantizers, quantize_
 
 
-def place_(trainer: Trainer, pl_module: LightningModule, rules: Rules, target: str | None) -> None:
-    """Place quantizers, in place; for a target the module runs once, and a warning says where it cannot."""
+def place_(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    rules: Rules,
+    target: str | None,
+    step: Callable[[LightningModule, Any], None],
+) -> None:
+    """Place quantizers, in place; for a target the module runs once, by ``step``, and a warning says where it cannot."""
     example: Any = ((), {})
     if target is not None:
         try:
-            example = example_of(trainer, pl_module)
+            example = example_of(trainer, pl_module, step)
         except Exception as error:  # data code may raise anything where it counts on a hook that comes later
             rank_zero_warn(
                 f"Only inputs and weights of layers are quantized for `target={target!r}`: the module has to run once, "
@@ -33,8 +41,25 @@ def place_(trainer: Trainer, pl_module: LightningModule, rules: Rules, target: s
     pl_module.register_load_state_dict_pre_hook(_take_structure_)  # type: ignore[no-untyped-call]
 
 
-def _take_structure_(module: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:
+def _take_structure_(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
     place_factors_(module, state_dict)
+    places = {path for path, m in module.named_modules(remove_duplicate=False) if isinstance(m, TensorQuantizer)}
+    own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+    saved = {key.rpartition(".")[0] for key in own if key.endswith("_quantizer._amax")}
+    if strict and (strays := sorted(saved - places)):
+        names = f"`{strays[0].removesuffix('_quantizer')}` ({len(strays)} in all)"
+        errors.append(
+            f"It has an amax for {names}, where nothing is quantized here: give `target` and `rules` of the fit that wrote it."
+        )
 
 
 def await_learned_(pl_module: LightningModule) -> None:

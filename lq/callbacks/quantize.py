@@ -25,12 +25,12 @@ from lq.callbacks.placing import await_learned_, place_
 from lq.callbacks.stages import validate_stage
 from lq.corrections import Correction, Corrections
 from lq.descriptor import Rules, resolve_rules
-from lq.load import origin_of
+from lq.load import check_origin, origin_of
 from lq.methods import Method, check_options
 from lq.nn import recompute_
 from lq.placement import check_target
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
-from lq.surgery import has_quantized_layers, named_quantizers
+from lq.surgery import has_quantized_layers, named_quantizers, rules_of
 
 # Where a checkpoint has the best model so far.
 BEST = "lq_best"
@@ -46,8 +46,9 @@ class Quantize(KeepsWeights):
     Args:
         rules: preset or rules, as for :func:`lq.quantize_`.
         target: ``"tensorrt"`` or ``"onnxruntime"`` quantizes residual adds too, and has layers share scales, as
-            :func:`lq.quantize_` says. For that the module runs once, on its ``example_input_array`` or what ``forward`` takes of
-            a first batch; where there is neither, a warning says so, and inputs and weights of layers alone are quantized.
+            :func:`lq.quantize_` says. For that the module runs once, on its ``example_input_array`` or what
+            :meth:`calibration_step` gives it of a first batch; where there is neither, a warning says so, and inputs and
+            weights of layers alone are quantized.
         method: how amax is chosen, for all or by patterns on names, as for :func:`lq.calibrating`.
         method_options: its options: ``percentile``, ``z_threshold``, ``power_of_two`` ...
         batches: train batches to calibrate on, on each rank.
@@ -132,7 +133,7 @@ class Quantize(KeepsWeights):
         self.methods: dict[str, str] = {}
 
     def calibration_step(self, pl_module: LightningModule, batch: Any) -> None:
-        """Run the model on a calibration batch. Override it for batches that need more.
+        """Run the model on a calibration batch; for a ``target`` once before, in ``setup``. Override it for other batches.
 
         By default ``pl_module.forward`` gets: a batch that is a tensor; the first elements of a tuple or list, as many as it
         requires; those entries of a dict that it has parameters for. A module without a ``forward`` of its own runs
@@ -143,14 +144,24 @@ class Quantize(KeepsWeights):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_strategy(trainer)
         build(trainer, pl_module)
-        if not has_quantized_layers(pl_module):
-            place_(trainer, pl_module, self.rules, self.target)
+        if has_quantized_layers(pl_module):
+            self._check_rules(pl_module)
+        else:
+            place_(trainer, pl_module, self.rules, self.target, self.calibration_step)
             add_biases_(pl_module, self.corrections)
         if self.recompute:
             recompute_(pl_module)
         await_learned_(pl_module)
         if stage == "fit":
             begin_averages_(trainer, pl_module)
+
+    def _check_rules(self, pl_module: LightningModule) -> None:
+        placed = rules_of(pl_module)
+        if placed is not None and placed != resolve_rules(self.rules):
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} is quantized by other rules than `rules`: give `rules=lq.rules_of(module)`, or take "
+                "its quantizers out before with `lq.dequantize_(module)`."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.fine_tune:
@@ -226,7 +237,7 @@ class Quantize(KeepsWeights):
         folder = Path(self.dirpath)
         # Lightning asks no callback for what it has to say of weights only
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-        trainer.strategy.save_checkpoint(checkpoint | origin_of(pl_module, self.rules), folder / "calibrated.ckpt")
+        trainer.strategy.save_checkpoint(checkpoint | origin_of(pl_module), folder / "calibrated.ckpt")
         if trainer.is_global_zero:
             save_statistics(pl_module, folder / "statistics.safetensors")
 
@@ -249,11 +260,12 @@ class Quantize(KeepsWeights):
         self._best = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= origin_of(pl_module, self.rules)
+        checkpoint |= origin_of(pl_module)
         if self._best is not None:
             checkpoint[BEST] = self._best.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        check_origin(checkpoint, self.rules, "`ckpt_path`")
         self._restored = checkpoint.get(BEST, {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -54,7 +54,7 @@ def run_ptq(
     batches = [positional(model, batch) for batch in islice(data.train_dataloader(), cfg.calib.batches)]
     quantized, found = post_training_quantization(model, batches, config, target=cfg.export.target)
     stages = {"float": validate(trainer, model, data), "ptq": validate(trainer, quantized, data)}
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True) | origin_of(quantized, found.rules)
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True) | origin_of(quantized)
     trainer.strategy.save_checkpoint(checkpoint, folder / "checkpoints" / f"{cfg.quant.name}.ckpt")
     with console.status("Exporting, verifying and timing the graphs"):
         deployment = deploy(cfg, trainer, data, model, quantized, folder)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lq.calib import failing_together, sync_calibrators
 from lq.corrections.record import Applied, Corrections
 from lq.nn.evaluating import evaluating
-from lq.nn.example import as_args, on_device_of
+from lq.nn.example import positional_inputs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,7 +100,7 @@ def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any], norms: Itera
     before = {name: _clones(norm) for name, norm in named.items()}
     with reestimating_batchnorm(model, named.values()):
         for batch in batches:
-            model(*on_device_of(model, as_args(batch)))
+            model(*positional_inputs(model, batch))
     changed = {n: norm for n, norm in named.items() if not all(map(torch.equal, _clones(norm), before[n]))}
     return Corrections(
         [Applied(name, _moved(norm, *before[name][:2])) for name, norm in changed.items()],

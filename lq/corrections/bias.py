@@ -14,7 +14,7 @@ from lq.corrections.record import Applied, Corrections
 from lq.graph import trace
 from lq.groups import shared_parameters
 from lq.nn.evaluating import evaluating
-from lq.nn.example import as_args, example_inputs, on_device_of
+from lq.nn.example import example_inputs, positional_inputs
 from lq.nn.fast_paths import without_fast_paths
 from lq.nn.input_channels import add_to_bias_, channel_dim, has_input_channels
 from lq.nn.quant_module import QuantMixin, QuantModule
@@ -112,7 +112,7 @@ def _seen(model: nn.Module, layers: Mapping[str, QuantMixin], batches: Iterable[
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(look(name), with_kwargs=True).remove)
         for batch in batches:
-            model(*on_device_of(model, as_args(batch)))
+            model(*positional_inputs(model, batch))
     sync_calibrators([])  # a rank that failed says so here
     ranks = gather({name: (total.cpu(), places) for name, (total, places) in sums.items()})
     found: dict[str, Errors] = {}

@@ -12,7 +12,7 @@ from lq.calib import Calibrator, HistogramCalibrator, failing_together, sync_cal
 from lq.descriptor import QuantDescriptor
 from lq.methods import check_options
 from lq.nn.evaluating import evaluating
-from lq.nn.example import as_args, on_device_of
+from lq.nn.example import as_args, positional_inputs
 from lq.nn.fast_paths import without_fast_paths
 from lq.nn.input_channels import factor_of, inputs_of
 
@@ -105,7 +105,7 @@ def observe(model: nn.Module, calibrators: Mapping[nn.Module, Calibrator], batch
         for module in calibrators:
             stack.callback(module.register_forward_pre_hook(collect, with_kwargs=True).remove)
         for batch in batches:
-            model(*on_device_of(model, as_args(batch)))
+            model(*positional_inputs(model, batch))
     broken = any(c.collected and not c.finite for c in calibrators.values())
     sync_calibrators([*calibrators.values()], "NaN or Inf in an input: look for bad samples." if broken else None)
 

@@ -1,5 +1,6 @@
 """Example inputs of a model: where they come from, and where they are."""
 
+import inspect
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -20,6 +21,29 @@ def on_device_of(model: nn.Module, inputs: Any) -> Any:
     """Tensors in ``inputs``, nested as they may be, on the device of the model's first parameter or buffer."""
     device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
     return inputs if device is None else tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+
+
+def positional_inputs(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+    """A batch as the positional inputs of ``model``, on its device.
+
+    Raises:
+        TypeError: its ``forward`` takes more of them, or fewer.
+
+    >>> positional_inputs(nn.ReLU(), [1, 2])
+    Traceback (most recent call last):
+      ...
+    TypeError: A batch of 2 does not fit the forward of ReLU (too many positional arguments): leave labels out.
+    """
+    args = as_args(batch)
+    try:
+        inspect.signature(model.forward).bind(*args)
+    except TypeError as mismatch:
+        hint = "leave labels out" if "too many" in str(mismatch) else "give all that it takes, in a tuple"
+        raise TypeError(
+            f"A batch of {len(args)} does not fit the forward of {type(model).__name__} ({mismatch}): {hint}."
+        ) from None
+    moved: tuple[Any, ...] = on_device_of(model, args)
+    return moved
 
 
 def example_inputs(model: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None, why: str = "") -> Example:

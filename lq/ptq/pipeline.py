@@ -15,14 +15,14 @@ from lq.corrections import Corrections, RecordingError, weights_bias_correction_
 from lq.descriptor import QuantDescriptor, QuantRule
 from lq.methods import Method
 from lq.nn.evaluating import evaluating
-from lq.nn.example import as_args, on_device_of
+from lq.nn.example import positional_inputs
 from lq.nn.quant_module import QuantMixin
 from lq.nn.reuse import weight_quantizers
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.ptq.config import QuantizationConfig, QuantizationMethod, with_power_of_two_scale
 from lq.ptq.report import PtqReport
 from lq.ptq.sqnr import layer_sqnr
-from lq.surgery import has_quantized_layers, named_quantizers, quantize_, unquantized
+from lq.surgery import has_quantized_layers, named_quantizers, quantize_, remember_rules_, unquantized
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +52,7 @@ def post_training_quantization(
 
     Raises:
         ValueError: no batches, NaN or Inf in them; a model that is quantized, or has nothing to quantize.
-        TypeError: ``batches`` is one tensor, or has no inputs of the model.
+        TypeError: ``batches`` is one tensor, or has more than the model's inputs, or fewer.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -84,13 +84,14 @@ def post_training_quantization(
         sqnr[BIAS] = layer_sqnr(candidate, quantized, fed)
     left = {name: "no batch reached it" for name, quantizer in named_quantizers(quantized) if quantizer.amax is None}
     rules = [*config.rules(), *_exceptions(quantized)]
+    remember_rules_(quantized, rules)
     return quantized, PtqReport(config, rules, calibration_rows(quantized), sqnr, done, left)
 
 
 def _as_list(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     if isinstance(batches, Tensor):
         raise TypeError("`batches` is one tensor: give an iterable of batches, as `[x]`.")
-    fed: list[tuple[Any, ...]] = [on_device_of(model, as_args(batch)) for batch in batches]
+    fed = [positional_inputs(model, batch) for batch in batches]
     if not fed:
         raise ValueError("`batches` is empty: give at least one, as the model takes it (an iterator can be used once only).")
     return fed
