@@ -2,10 +2,9 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lq.channels import JOINING_FUNCTIONS
@@ -73,15 +72,31 @@ def separate_as_saved(model: nn.Module, state: dict[str, Tensor], prefix: str, *
 
     SmoothQuant takes quantizers apart: a layer with a factor of its own has another input than those it shared one with.
     """
-    paths: dict[TensorQuantizer, list[str]] = defaultdict(list)
+    _separate_(model, lambda path: _values(state, f"{prefix}{path}."))
+
+
+def separate_as_placed_(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
+    """A quantizer that is several in ``shared``, short names by groups, becomes several, in place, equal values or not.
+
+    Statistics that two of them go on to collect are those of each alone.
+    """
+    groups = {name: i for i, names in enumerate(shared) for name in names}
+    _separate_(model, lambda path: groups.get(name := path.removesuffix("_quantizer"), name))
+
+
+def _separate_(model: nn.Module, kind: Callable[[str], Hashable]) -> None:
+    """Have a quantizer be one for each kind of place that it stands in."""
+    places: dict[TensorQuantizer, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, TensorQuantizer):
-            paths[module].append(path)
-    for quantizer, (first, *rest) in paths.items():
-        for path in rest:
-            if not _same(_values(state, f"{prefix}{first}."), _values(state, f"{prefix}{path}.")):
+            places[module][kind(path)].append(path)
+    for quantizer, kinds in places.items():
+        for i, paths in enumerate(kinds.values() if len(kinds) > 1 else ()):
+            one = copy.deepcopy(quantizer) if i else quantizer
+            one._last = LastResult(len(paths)) if len(paths) > 1 else None
+            for path in paths:
                 owner, _, name = path.rpartition(".")
-                setattr(model.get_submodule(owner), name, copy.deepcopy(quantizer))
+                setattr(model.get_submodule(owner), name, one)
 
 
 def leave_sharing_(model: nn.Module) -> None:
@@ -92,12 +107,9 @@ def leave_sharing_(model: nn.Module) -> None:
             del hooks[key]
 
 
-def _values(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key].to(value.device)) for key, value in one.items())
+def _values(state: dict[str, Tensor], prefix: str) -> Hashable:
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return tuple((name, tuple(value.shape), tuple(value.flatten().tolist())) for name, value in found.items())
 
 
 class _Sets:

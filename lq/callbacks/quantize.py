@@ -25,11 +25,12 @@ from lq.callbacks.placing import await_learned_, place_
 from lq.callbacks.stages import validate_stage
 from lq.corrections import Correction, Corrections
 from lq.descriptor import Rules, resolve_rules
-from lq.load import check_origin, origin_of
+from lq.load import PLACEMENT, check_origin, origin_of
 from lq.methods import Method, check_options
 from lq.nn import recompute_
 from lq.placement import check_target
 from lq.rescale import Excluded, RescaledGroup, RescalingCalibrator
+from lq.sharing import separate_as_placed_
 from lq.surgery import has_quantized_layers, named_quantizers, rules_of
 
 # Where a checkpoint has the best model so far.
@@ -266,6 +267,8 @@ class Quantize(KeepsWeights):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         check_origin(checkpoint, self.rules, "`ckpt_path`")
+        if PLACEMENT in checkpoint:
+            separate_as_placed_(pl_module, checkpoint[PLACEMENT]["shared"])
         self._restored = checkpoint.get(BEST, {})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
@@ -55,10 +56,10 @@ class KilledInCalibration(Quantize):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fit(folder, kill_at=None, ckpt_path=None, workers=0, epochs=3, quantize=None, **options):
+def fit(folder, kill_at=None, ckpt_path=None, workers=0, epochs=3, quantize=None, module=Tiny, **options):
     """Three epochs of eight batches, shuffled and augmented, with dropout and a checkpoint at each step."""
     seed_everything(3, verbose=False)
-    model = Tiny()
+    model = module()
     data = DataLoader(Noisy(), 4, shuffle=True, num_workers=workers)
     qat = QuantizationAwareTraining(quantize=quantize, freeze=ScaleFreeze(5, observe=3, freeze_after=0.75))
     keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
@@ -81,6 +82,25 @@ def test_resume_at_any_batch_is_bit_identical(tmp_path, whole, step):
     resumed = fit(tmp_path, ckpt_path=folder / f"step={step}.ckpt")
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert (tmp_path / "curves.txt").read_text().splitlines() == (folder / "curves.txt").read_text().splitlines()[step:]
+
+
+class Twin(Tiny):
+    """Two layers take one tensor: TensorRT has them share a quantizer, until SmoothQuant gives each a factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.net(x) + self.other(x)
+
+
+def test_resume_within_an_observation_of_quantizers_that_were_taken_apart(tmp_path):
+    model = fit(tmp_path / "a", module=Twin)
+    assert model.other.input_quantizer is not model.net[0].input_quantizer
+    for step in (3, 8):
+        resumed = fit(tmp_path / f"b{step}", module=Twin, ckpt_path=tmp_path / "a" / f"step={step}.ckpt")
+        torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("validation", [True, False])
