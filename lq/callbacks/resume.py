@@ -11,6 +11,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lq.calib import gather
 
@@ -63,6 +64,7 @@ class ExactResume(Callback):
         if (done := _batches_done(trainer)) and not _keeps_its_place(trainer):
             self._epoch, self._order = mine["epoch"], mine["order"]
             _start(trainer, self._epoch, self._order, done)
+            _leave_out_quietly(trainer)
         elif done:  # loaders with a state may draw when they go on
             self._later = mine["now"]
         self._started = bool(done)
@@ -74,7 +76,8 @@ class ExactResume(Callback):
         if self._between:
             # behind an epoch Lightning starts the loaders too early; behind the last batch of one, this hook is not called
             self._between = False
-            iter(_fetcher(trainer))
+            if not _will_start(trainer):
+                iter(_fetcher(trainer))
         elif not self._started:
             self._epoch, self._order = random_numbers(), None
         elif self._order is None and trainer.current_epoch == 0:
@@ -83,6 +86,7 @@ class ExactResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._between = False
+        vars(_validation_loop(trainer)).pop(LEFT_OUT, None)
         if self._later is not None:
             set_random_numbers(self._later)
             self._later = None
@@ -115,6 +119,9 @@ class ExactResume(Callback):
 # Where a checkpoint has random numbers, in the order of ranks.
 KEY = "lq_random_numbers"
 
+# How Lightning, resumed from the batch before a validation, leaves that out.
+LEFT_OUT = "increment_progress_to_evaluation_end"
+
 
 def random_numbers() -> dict[str, Any]:
     """The state of all random number generators, as what ``torch.load(weights_only=True)`` loads."""
@@ -138,6 +145,27 @@ def set_random_numbers(states: dict[str, Any]) -> None:
 
 def _fetcher(trainer: Trainer) -> Any:
     return trainer.fit_loop._data_fetcher
+
+
+def _validation_loop(trainer: Trainer) -> Any:
+    return trainer.fit_loop.epoch_loop.val_loop
+
+
+def _leave_out_quietly(trainer: Trainer) -> None:
+    """Have a validation that is left out draw no random numbers: its loaders are started all the same."""
+    loop = _validation_loop(trainer)
+    leave_out = getattr(loop, LEFT_OUT)
+
+    def quietly() -> None:
+        with isolate_rng():
+            leave_out()
+
+    vars(loop)[LEFT_OUT] = quietly
+
+
+def _will_start(trainer: Trainer) -> bool:
+    """Whether Lightning will yet start the loaders for this epoch."""
+    return bool(trainer.current_epoch and not trainer.fit_loop.is_resuming and not trainer.fit_loop.epoch_loop.restarting)
 
 
 def _keeps_its_place(trainer: Trainer) -> bool:

@@ -216,3 +216,25 @@ def test_alone_it_works_for_any_fit(tmp_path):
     model = run(tmp_path / "a")
     resumed = run(tmp_path / "b", tmp_path / "a" / "step=5.ckpt")
     torch.testing.assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "options"),
+    [
+        (0.5, (4, 5, 8), {"every_n_train_steps": 1}),
+        (0.5, (4, 8, 16), {"monitor": "val_loss"}),
+        (3, (3, 6, 8), {"every_n_train_steps": 1}),
+    ],
+)
+def test_validations_within_an_epoch(tmp_path, every, steps, options):
+    def run(folder, ckpt_path=None):
+        seed_everything(1, verbose=False)
+        model, keep = Tiny(), ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **options)
+        fit = trainer(folder, ExactResume(), keep, max_epochs=3, enable_checkpointing=True, val_check_interval=every)
+        fit.fit(model, DataLoader(Noisy(), 4, shuffle=True), loader(), ckpt_path=ckpt_path)
+        return model.state_dict()
+
+    whole = run(tmp_path / "a")
+    for step in steps:
+        resumed = run(tmp_path / f"b{step}", tmp_path / "a" / f"step={step}.ckpt")
+        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
