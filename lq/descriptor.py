@@ -241,14 +241,17 @@ class QuantRule:
         return cls(**_known(cls, values, "rule"))
 
 
-# A preset's name, or rules, each of them also as a mapping.
-Rules = str | Sequence[QuantRule | Mapping[str, Any]]
+# A preset's name, a rule, or several, each of them also as a mapping.
+Rules = str | QuantRule | Sequence[QuantRule | Mapping[str, Any]]
 
 # What TensorRT and ONNX Runtime execute: full-range activations per tensor, narrow weights per output channel.
 INT8_INPUT = QuantDescriptor(narrow_range=False)
 INT8_WEIGHT = QuantDescriptor(axis=0)
 # FP8 E4M3 has exponent enough for one scale per tensor.
 FP8 = QuantDescriptor(num_bits=(4, 3))
+# Every code is needed, and steps are learned from where calibration puts them (LSQ).
+LOW_BIT_INPUT = INT8_INPUT.replace(learn_amax="lsq")
+LOW_BIT_WEIGHT = INT8_WEIGHT.replace(learn_amax="lsq", narrow_range=False)
 # Blocks of 128 weights of one output, as TensorRT and the 4-bit formats of language models have them.
 INT4_BLOCKS = QuantDescriptor(num_bits=4, axis=0, block_size=128)
 
@@ -263,11 +266,14 @@ PRESETS: dict[str, list[QuantRule]] = {
     "fp8": [QuantRule("*", FP8, FP8)],
     "w4a16": [QuantRule("*", None, INT4_BLOCKS, types=("Linear",))],
     "w4a8": [QuantRule("*", INT8_INPUT, INT8_WEIGHT.replace(num_bits=4))],
+    **{f"w{n}a{n}": [QuantRule("*", LOW_BIT_INPUT.replace(num_bits=n), LOW_BIT_WEIGHT.replace(num_bits=n))] for n in (4, 3, 2)},
 }
 
 
 def resolve_rules(rules: Rules) -> list[QuantRule]:
     """A preset's rules, or the given ones."""
+    if isinstance(rules, QuantRule):
+        return [rules]
     if not isinstance(rules, str):
         return [rule if isinstance(rule, QuantRule) else QuantRule.from_dict(rule) for rule in rules]
     if rules not in PRESETS:

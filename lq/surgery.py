@@ -84,7 +84,7 @@ def quantize_(
     Args:
         model: any module.
         rules: a preset's name (``int8``, ``int8_attention``, ``int8_per_tensor``, ``int8_weight_only``, ``w4a8``, ``w4a16``,
-            ``fp8``) or a list of :class:`QuantRule`.
+            ``w4a4``, ``w3a3``, ``w2a2``, ``fp8``), a :class:`QuantRule`, or a list of them.
         target: ``"tensorrt"``; ``"onnxruntime"``, which differs in that both operands of a residual add are quantized,
             ``<convolution>.branch`` too; or ``None``: inputs and weights of layers only.
         args: positional inputs of one forward, a tuple or the only one, with a target; by default the model's

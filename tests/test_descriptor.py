@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from lq.descriptor import INT8_INPUT, INT8_WEIGHT, PRESETS, QuantDescriptor, QuantRule, resolve_rules
 
@@ -210,8 +212,26 @@ def test_fp8_has_one_scale_per_tensor_and_w4a16_blocks_of_linear_layers():
 
 
 def test_every_preset_is_tested():
-    assert set(PRESETS) == {"int8", "int8_attention", "int8_per_tensor", "int8_weight_only", "w4a8", "w4a16", "fp8"}
+    low = {"w4a4", "w3a3", "w2a2"}
+    assert set(PRESETS) == {"int8", "int8_attention", "int8_per_tensor", "int8_weight_only", "w4a8", "w4a16", "fp8"} | low
     assert (INT8_INPUT.narrow_range, INT8_WEIGHT.narrow_range) == (False, True)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_low_bits_are_learned_with_every_code(bits):
+    desc = QuantDescriptor(bits, learn_amax="lsq", narrow_range=False)
+    assert resolve_rules(f"w{bits}a{bits}") == [QuantRule("*", desc, desc.replace(axis=0))]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("w4a16", "int8_attention")])
+def test_presets_and_configs_of_one_name_are_one(name):
+    with initialize_config_module("lq.conf", version_base="1.3"):
+        quant = compose("run", [f"quant={name}"]).quant
+    assert resolve_rules(OmegaConf.to_container(quant, resolve=True)["rules"]) == PRESETS[name]
+
+
+def test_one_rule_needs_no_list():
+    assert resolve_rules(QuantRule("a")) == [QuantRule("a")]
 
 
 def test_rules_may_be_mappings_as_yaml_gives_them():

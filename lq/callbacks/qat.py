@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lq.alpha import Alpha
 from lq.callbacks.distill import Distill
@@ -16,6 +17,9 @@ from lq.callbacks.resume import ExactResume
 from lq.callbacks.schedule import QATSchedule
 from lq.descriptor import Rules
 from lq.methods import Method
+
+# Parts that may be given, and of which a fit has one.
+GIVEN = {"quantize": Quantize, "schedule": QATSchedule, "freeze": ScaleFreeze, "monitor": QuantMonitor, "distill": Distill}
 
 
 class QuantizationAwareTraining(Callback):
@@ -38,6 +42,9 @@ class QuantizationAwareTraining(Callback):
         schedule: in place of the one that ``lr`` describes.
         freeze: in place of the default.
         monitor: in place of the default.
+
+    Raises:
+        MisconfigurationException: one of its parts is also among the Trainer's callbacks.
     """
 
     def __init__(
@@ -75,6 +82,17 @@ class QuantizationAwareTraining(Callback):
         if export is not None:
             self.parts.append(OnnxExport(export, target=self.quantize.target or "tensorrt"))
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        mine = {name: kind for name, kind in GIVEN.items() if any(isinstance(part, kind) for part in self.parts)}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if name := next((name for name, kind in mine.items() if isinstance(callback, kind)), None):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} is among the Trainer's callbacks, beside the one of QuantizationAwareTraining: "
+                    f"give it as `{name}`."
+                )
+        for part in self.parts:
+            part.setup(trainer, pl_module, stage)
+
     @property
     def stages(self) -> dict[str, dict[str, float]]:
         """Validation metrics of each stage."""
@@ -101,5 +119,5 @@ def _given_to_parts(name: str) -> Callable[..., None]:
 
 # every hook that Lightning has, also those that only a part of a user's own has use for
 for _name in vars(Callback):
-    if _name.startswith("on_") or _name in ("setup", "teardown"):
+    if _name.startswith("on_") or _name == "teardown":
         setattr(QuantizationAwareTraining, _name, _given_to_parts(_name))

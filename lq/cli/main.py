@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -36,9 +37,9 @@ def main() -> None:
     if "--version" in sys.argv:  # which Hydra would take for a question about itself
         print(f"lq {__version__}")
         return
-    verb = "run"
-    if len(sys.argv) > 1 and sys.argv[1].isidentifier():
-        verb = sys.argv.pop(1)
+    verb, at = "run", 1 + (sys.argv[1:2] in (["--help"], ["-h"]))
+    if sys.argv[at : at + 1] and sys.argv[at].isidentifier():
+        verb = sys.argv.pop(at)
     if verb not in VERBS:
         sys.exit(f"lq: there is no verb {verb!r}: choose among {', '.join(VERBS)}, or give overrides as key=value.")
     try:
@@ -46,6 +47,7 @@ def main() -> None:
     except ImportError as missing:
         sys.exit(f'lq: {missing.name} is not installed: pip install "lightning-lq[recipes,export]"')
     _options_last(sys.argv)
+    _quote_paths(sys.argv)
     _check_folder(sys.argv)
     prepare_process()
     hydra.main(version_base="1.3", config_path="pkg://lq.conf", config_name=verb)(_job)()
@@ -66,6 +68,14 @@ def _options_last(argv: list[str]) -> None:
         if name in argv[:-1]:
             at = argv.index(name)
             argv += [argv.pop(at), argv.pop(at)]
+
+
+def _quote_paths(argv: list[str]) -> None:
+    """Hydra takes a second ``=`` in quotes only, and Lightning's own names of checkpoints have one: ``epoch=1-step=30.ckpt``."""
+    for i, arg in enumerate(argv):
+        if re.fullmatch(r"[\w./@+~]+=[^=,'\"(){}\[\]$]*=[^,'\"(){}\[\]$]*", arg):
+            key, _, value = arg.partition("=")
+            argv[i] = f'{key}="{value}"'
 
 
 def prepare_process() -> None:
@@ -93,7 +103,7 @@ def _job(cfg: Any) -> Any:
     from hydra.types import RunMode
     from hydra.utils import get_method
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     prepare_process()
     verb = get_method(VERBS[str(HydraConfig.get().job.config_name)])
@@ -101,6 +111,8 @@ def _job(cfg: Any) -> Any:
     try:
         return verb(cfg)
     except (*explained, InstantiationException, OmegaConfBaseException) as error:
+        if isinstance(error, MissingMandatoryValue):
+            error = ValueError(f"`{error.full_key}` is missing: give {error.full_key}=<value>.")
         # HYDRA_FULL_ERROR=1 shows where the error came from
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
@@ -116,5 +128,7 @@ def _quiet() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     for name in ("lightning.pytorch", "lightning.fabric", "onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory.*"):
+    # what `schedule` says is meant
+    overruled = "QATSchedule overrules .*"
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory.*", overruled):
         warnings.filterwarnings("ignore", message=message)

@@ -20,8 +20,9 @@ class OnnxModel:
     """An ONNX file as a function of tensors: ``outputs = OnnxModel("model.onnx")(x)``.
 
     With its optimizations ONNX Runtime computes in integers, with biases rounded to int32, which moves values that lie close to
-    the border between two codes. Without them the graph runs node by node, as it is written. In graphs with FP8 they are always
-    off, because they drop Relus (seen in 1.32); and inputs of layers with 4-bit weights are never rounded to int8.
+    the border between two codes. Without them the graph runs node by node, as it is written. What changes more than that is left
+    out (seen in 1.32): in FP8 graphs Relus would be dropped, with fewer than 8 bits biases be rounded to coarse steps, and
+    inputs of layers with 4-bit weights be rounded to int8.
 
     Args:
         path: the file, or a serialized graph.
@@ -54,14 +55,11 @@ class OnnxModel:
         # 1: products in float32
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
-            has_fp8, has_few_bits = _formats(path)
-            if not optimize or has_fp8:
+            if not optimize:
                 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             graph = path if isinstance(path, bytes) else str(path)
-            # it rounds biases to the product of both steps, which is coarse where those are
-            left_out = ["WeightBiasQuantization"] if has_few_bits else None
-            providers = ["CPUExecutionProvider"]
-            self.session = onnxruntime.InferenceSession(graph, options, providers=providers, disabled_optimizers=left_out)
+            providers, wrong = ["CPUExecutionProvider"], _wrong_optimizers(path)
+            self.session = onnxruntime.InferenceSession(graph, options, providers=providers, disabled_optimizers=wrong)
         except Exception as error:
             # which of its operators it names first, and whether with the type, is by chance
             remedy = " (bfloat16 is not for the CPU: export in fp32 or fp16.)" if "NOT_IMPLEMENTED" in str(error) else ""
@@ -96,14 +94,16 @@ class OnnxModel:
         return f"OnnxModel({self._name!r})"
 
 
-def _formats(path: str | Path | bytes) -> tuple[bool, bool]:
-    """Whether a graph has FP8, and whether it has inputs of fewer than 8 bits, which are clipped before they are quantized."""
+def _wrong_optimizers(path: str | Path | bytes) -> list[str]:
+    """Names of ONNX Runtime's optimizers that change what a graph computes."""
     import onnx
 
     model = onnx.load_from_string(path) if isinstance(path, bytes) else onnx.load(path, load_external_data=False)
     clipped = {node.output[0] for node in model.graph.node if node.op_type == "Clip"}
     few_bits = any(node.op_type == "QuantizeLinear" and node.input[0] in clipped for node in model.graph.node)
-    return any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in model.graph.initializer), few_bits
+    has_fp8 = any(constant.data_type == onnx.TensorProto.FLOAT8E4M3FN for constant in model.graph.initializer)
+    # one rounds biases to the product of both steps, which is coarse where those are; others take FP8 for codes that begin at 0
+    return ["WeightBiasQuantization"] * few_bits + ["ReluQuantRewrite", "ClipQuantRewrite"] * has_fp8
 
 
 def compare_latency(models: Mapping[str, Callable[..., Any]], args: Any, repeats: int = 50, warmup: int = 5) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 import lq
-from lq.callbacks import QATSchedule, QuantizationAwareTraining, Quantize, ScaleFreeze
+from lq.callbacks import QATSchedule, QuantizationAwareTraining, Quantize, QuantMonitor, ScaleFreeze
 from lq.callbacks.building import check_strategy
 from tiny import Tiny, dataset, loader, trainer
 
@@ -407,3 +407,12 @@ def test_no_warning_of_ours_in_an_ordinary_fit(tmp_path):
         warnings.simplefilter("always")
         fit(tmp_path, max_epochs=1)
     assert not [str(w.message) for w in caught if "lq" in w.filename]
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [(QATSchedule(0.1), "schedule"), (ScaleFreeze(), "freeze"), (QuantMonitor(), "monitor"), (Quantize(), "quantize")],
+)
+def test_a_part_beside_the_whole_is_refused(tmp_path, part, name):
+    with pytest.raises(MisconfigurationException, match=rf"{type(part).__name__} is among .* give it as `{name}`"):
+        trainer(tmp_path, QuantizationAwareTraining(), part).fit(Tiny(), loader())

@@ -457,6 +457,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         (["--version"], f"lq {lq.__version__}\n"),
         (["--help"], "lq recalibrate and lq verify work on the folder of a run"),
         (["verify", "--help"], "lq verify run=outputs"),
+        (["--help", "verify"], "lq verify run=outputs"),
         (["sensitivity", "--help"], "lq sensitivity ckpt_path=float.ckpt"),
         (["recalibrate", "--help"], "lq recalibrate stats=<run>"),
     ],
@@ -469,7 +470,14 @@ def test_it_says_what_it_is_and_takes(tmp_path, told, words):
 
 
 def test_an_error_is_one_message_without_a_traceback(tmp_path):
-    for args, words in {("calib.method=magic",): "magic", ("reun",): "reun"}.items():
+    told = {
+        ("calib.method=magic",): "magic",
+        ("reun",): "reun",
+        ("recalibrate",): "`stats` is missing: give stats=<value>",
+        # as Lightning names a checkpoint
+        ("ckpt_path=a/epoch=1-step=30.ckpt",): "a/epoch=1-step=30.ckpt",
+    }
+    for args, words in told.items():
         result = command(tmp_path, *args)
         assert result.returncode != 0
         assert words in result.stderr
