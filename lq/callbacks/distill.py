@@ -21,6 +21,7 @@ from lq.callbacks.teacher import (
     fingerprint,
     logits_of,
     matching,
+    mirrored,
     outputs_of,
     remove,
     set_parameter,
@@ -29,6 +30,7 @@ from lq.callbacks.teacher import (
     watch,
 )
 from lq.functional.distill import relative_error, soft_targets_loss
+from lq.functional.fake_quant import widened
 from lq.nn.evaluating import evaluating
 from lq.surgery import has_quantized_layers, named_quantizers, unquantized
 
@@ -51,6 +53,9 @@ class Distill(Callback):
         layers: names or wildcards of modules to compare by :func:`relative_error` instead, averaged. SmoothQuant scales what is
             between a layer and the next: compare whole blocks, or use ``alpha=None``. If the module has no ``forward`` of its
             own, the teacher runs ``training_step``, on the same random numbers.
+        mirror: have the teacher look at images mirrored too, and give the mean of both logits, as one does with crops and
+            reflections in testing (Krizhevsky et al., 2012, "ImageNet Classification with Deep Convolutional Neural Networks",
+            section 4.1): a better teacher, for a second forward. Not with ``layers``; for images that mean the same mirrored.
         precision: the Trainer's word for what the teacher computes in, ``"bf16-mixed"`` or ``"16-mixed"``; by default as the
             Trainer has it. A student that trains in float32 loses nothing by a teacher in bfloat16, which takes less time where
             the device has the arithmetic. Float64 stays what it is.
@@ -68,6 +73,7 @@ class Distill(Callback):
         temperature: float = 4.0,
         layers: Sequence[str] | None = None,
         precision: str | None = None,
+        mirror: bool = False,
     ) -> None:
         for name, value in (("weight", weight), ("temperature", temperature)):
             if not 0 < value < math.inf:
@@ -76,7 +82,9 @@ class Distill(Callback):
             raise ValueError(f"`layers` is {layers!r}: give a list of names or wildcards, or None for the module's output.")
         if precision is not None and precision not in AUTOCAST:
             raise ValueError(f"`precision` is {precision!r}: choose one of {', '.join(AUTOCAST)}, or None for the Trainer's.")
-        self.weight, self.temperature, self.layers, self.precision = weight, temperature, layers, precision
+        if mirror and layers is not None:
+            raise ValueError("`mirror` is True, and `layers` is given: only logits have a mean over both views.")
+        self.weight, self.temperature, self.layers, self.precision, self.mirror = weight, temperature, layers, precision, mirror
         self.teacher: Any = None
         self._student: LightningModule | None = None
         self._fingerprint, self._names, self._fitting, self._fresh = "", list[str](), False, False
@@ -153,6 +161,9 @@ class Distill(Callback):
         kind = pl_module.device.type
         with nullcontext() if self.precision is None else torch.autocast(kind, AUTOCAST[self.precision]):
             targets = outputs_of(self.teacher, self._names, run, inputs)
+            if self.mirror:
+                (other,) = outputs_of(self.teacher, [], run, mirrored(inputs))[""]
+                targets[""] = [(widened(targets[""][0]) + widened(other)) / 2]
             if self._fresh and self._names:
                 with unquantized(pl_module), evaluating(pl_module):
                     warn_if_rescaled(outputs_of(pl_module, self._names, run, inputs), targets)

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lq.callbacks.feeding import muted
@@ -36,6 +36,18 @@ def outputs_of(model: Any, names: list[str], run: Callable[[Any, Any], Any], inp
     finally:
         remove(hooks)
     return found if names else {"": [logits_of(output)]}
+
+
+def mirrored(inputs: Any) -> Any:
+    """Inputs whose images, ``(batch, channels, height, width)``, are mirrored from left to right.
+
+    Raises:
+        MisconfigurationException: there are none among them.
+    """
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not any(len(shape) == 4 for shape in shapes):
+        raise MisconfigurationException(f"`mirror` is True, and there are no images (batch, channels, height, width): {shapes}.")
+    return tree_map(lambda leaf: leaf.flip(-1) if isinstance(leaf, Tensor) and leaf.ndim == 4 else leaf, inputs)
 
 
 def watch(model: nn.Module, names: list[str]) -> tuple[Outputs, list[RemovableHandle]]:

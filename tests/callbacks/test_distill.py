@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq.callbacks import Quantize
@@ -103,6 +104,26 @@ def test_the_teacher_computes_in_the_precision_of_the_student(tmp_path, precisio
 
     trainer(tmp_path, Distill(), precision=precision, max_epochs=1, limit_train_batches=1).fit(tiny(Watched), loader())
     assert dtypes == 2 * [torch.float64 if precision == "64-true" else torch.bfloat16]
+
+
+class Pictures(Tiny):
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+def test_the_teacher_looks_at_both_sides(tmp_path):
+    def loss(student, teacher, x, y):
+        images = x.view(-1, 1, 2, 3)
+        logits = (teacher(images) + teacher(images[..., [2, 1, 0]])).detach() / 2
+        return F.cross_entropy(student(images), y) + kl(student(images), logits, 4.0)
+
+    model = tiny(Pictures)
+    gradients = Gradients(model, loss)
+    images = DataLoader(TensorDataset(X.view(-1, 1, 2, 3), Y), 4)
+    trainer(tmp_path, Distill(mirror=True), quantize(), gradients, max_epochs=1).fit(model, images)
+    torch.testing.assert_close(gradients.seen, [list(g) for g in gradients.expected])
+    with pytest.raises(MisconfigurationException, match=r"`mirror` is True, and there are no images .*: \[\(4, 6\)\]"):
+        trainer(tmp_path, Distill(mirror=True), quantize()).fit(tiny(), loader())
 
 
 @pytest.mark.parametrize("layers", [None, ["net.4"]])
@@ -395,6 +416,7 @@ def test_layers_that_smoothquant_scaled_are_told(tmp_path):
         ({"temperature": -1.0}, r"`temperature` is -1\.0"),
         ({"layers": "net.*"}, r"`layers` is 'net\.\*'"),
         ({"layers": []}, r"`layers` is \[\]"),
+        ({"mirror": True, "layers": ["net.4"]}, "`mirror` is True, and `layers` is given"),
         ({"precision": "bf16-true"}, "`precision` is 'bf16-true': choose one of bf16-mixed, 16-mixed"),
     ],
 )
