@@ -1,20 +1,20 @@
 """Top-1 of ResNet-20 with few bits: lq beside ModelOpt, Brevitas and torchao, on the same images, by the same training loop.
 
     python benchmarks/accuracy.py --data cifar10.zip --checkpoint resnet20.pt [--bits 8 4 3 2] [--tools lq modelopt ...]
-                                  [--epochs 5] [--rate 0.01] [--compile] [--graph] [--seeds 0] [--device cuda] [--out rows.jsonl]
-                                  [--limit-batches 3]
+                                  [--epochs 5] [--rate 0.01] [--mirror] [--compile] [--graph] [--seeds 0] [--device cuda]
+                                  [--out rows.jsonl] [--limit-batches 3]
     python benchmarks/accuracy.py --table rows.jsonl ...
 
 Every convolution and linear layer has a scale per output channel for its weight and one per tensor for its input; the first
 convolution and the classifier keep 8 bits (``peers.py`` says what each tool makes of that). 8 bits are calibrated on 8 train
 batches; fewer are then trained: SGD with Nesterov's momentum 0.9, weight decay 1e-4, half a cosine from 0.01 to 0.0001, batches
 of 128 random crops and flips, the same ones in the same order for every tool. ``float`` is the float model trained by that
-recipe, ``lq-distilled`` has the float model as a teacher beside it, in bfloat16. ``--epochs 0`` only calibrates, ``--rate`` is
-where the cosine starts. Every model is looked at as its tool leaves it, and with statistics of BatchNorm that are estimated
-anew, as ``conf/experiment/cifar10_low_bits.yaml`` does: behind calibration on its batches, after each epoch on 50 train
-batches, and after the last on an epoch of them. (torchao's graphs have no BatchNorm to do so with.) With ``--graph``, on a GPU,
-forward and backward come out of a CUDA graph, as launching them one by one takes longer than computing; not every peer can be
-captured.
+recipe, ``lq-distilled`` has the float model as a teacher beside it, in bfloat16, with ``--mirror`` one that looks at images
+mirrored too. ``--epochs 0`` only calibrates, ``--rate`` is where the cosine starts. Every model is looked at as its tool leaves
+it, and with statistics of BatchNorm that are estimated anew, as ``conf/experiment/cifar10_low_bits.yaml`` does: behind
+calibration on its batches, after each epoch on 50 train batches, and after the last on an epoch of them. (torchao's graphs have
+no BatchNorm to do so with.) With ``--graph``, on a GPU, forward and backward come out of a CUDA graph, as launching them one by
+one takes longer than computing; not every peer can be captured.
 
 Columns: top-1 on all test images after calibration and after the last epoch, both as they are and with BatchNorm anew, and
 after the best epoch (means and standard deviations where there are several seeds), and the seconds of an epoch against those of
@@ -103,12 +103,14 @@ def hard(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(model(images), classes)
 
 
-def distilled(teacher: nn.Module) -> Loss:
+def distilled(teacher: nn.Module, mirror: bool) -> Loss:
     """Cross entropy plus that to the teacher's softened outputs: ``conf/callbacks/distill.yaml``."""
 
     def loss(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
             wanted = teacher(images).float()
+            if mirror:
+                wanted = (wanted + teacher(images.flip(-1)).float()) / 2
         logits = model(images)
         return F.cross_entropy(logits, classes) + soft_targets_loss(logits, wanted, temperature=4.0)
 
@@ -192,7 +194,8 @@ def measured(
     student = copy.deepcopy(model) if bits is None else TOOLS[tool](model, bits, bits, batches)
     row: Row = {"tool": tool, "bits": bits, "seed": seed, **looked_at("calibrated", student, data, batches)}
     row |= {"epochs": arguments.epochs, "rate": arguments.rate}
-    loss = distilled(torch.compile(model) if arguments.compile else model) if tool == DISTILLED else hard
+    teacher = torch.compile(model) if arguments.compile else model
+    loss = distilled(teacher, arguments.mirror) if tool == DISTILLED else hard
     trains = bits != 8 and arguments.epochs
     found = []
     for top1, seconds in fit(student, data, arguments, seed, loss) if trains else ():
@@ -270,6 +273,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rate", type=float, default=0.01, help="the first learning rate; the last is a hundredth of it")
     parser.add_argument("--compile", action="store_true", help="torch.compile what is trained, and the teacher")
+    parser.add_argument("--mirror", action="store_true", help="the teacher looks at images mirrored too")
     parser.add_argument("--graph", action="store_true", help="forward and backward out of a CUDA graph")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
