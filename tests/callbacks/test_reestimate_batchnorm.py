@@ -123,11 +123,11 @@ def test_what_it_does_not_go_with_is_refused(tmp_path):
         ReestimateBatchNorm(-1)
     with pytest.raises(MisconfigurationException, match="Tiny has no BatchNorm to estimate"):
         trainer(tmp_path, ReestimateBatchNorm(2)).fit(Tiny(batchnorm=False), loader(), loader())
-    recipe = QuantizationAwareTraining(W2, target=None)
-    for other in (ScaleFreeze(), recipe):
+    for whole in (False, True):
         quantize = Quantize(W2, alpha=None)
+        callbacks = [QuantizationAwareTraining(quantize=quantize)] if whole else [quantize, ScaleFreeze()]
         with pytest.raises(MisconfigurationException, match=r"`schedule\.freeze_batchnorm=false`"):
-            trainer(tmp_path, quantize, other, ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
+            trainer(tmp_path, *callbacks, ReestimateBatchNorm(2)).fit(Tiny(), loader(), loader())
         assert not quantize.stages  # before anything is calibrated
     with pytest.raises(MisconfigurationException, match=r"WeightAveraging stands behind ReestimateBatchNorm.*put it before"):
         trainer(tmp_path, ReestimateBatchNorm(2), WeightAveraging()).fit(Tiny(), loader(), loader())

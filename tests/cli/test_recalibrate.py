@@ -78,7 +78,7 @@ def test_a_quantizer_of_several_layers_changes_under_all_of_its_names(tmp_path):
     ("told", "words"),
     [
         (["stats=nothing"], "FileNotFoundError: There is no file of statistics at nothing"),
-        ([], "Missing mandatory value: stats"),
+        ([], "`stats` is missing: give stats=<value>"),
         (["stats={kept}/statistics.safetensors", "ckpt_path=nothing"], "`ckpt_path` nothing cannot be read"),
         (
             ["stats={kept}/statistics.safetensors", "calib.method={{nowhere*: mse}}"],
