@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,14 +65,13 @@ def load_quantized(
     state: dict[str, Any] = checkpoint.get("state_dict", checkpoint)
     if not any(".input_quantizer." in key or "_quantizer._amax" in key or "_quantizer.clip." in key for key in state):
         raise ValueError(f"`path` {path} has no amax: it is of a float model. Load it into that, and quantize.")
-    if rules is not None:
-        check_origin(checkpoint, rules, path)
-    elif (rules := checkpoint.get(RULES)) is None:
+    rules = agreed(checkpoint.get(RULES), rules, f"`path` {path}")
+    if rules is None:
         raise ValueError(f"`path` {path} does not say which rules its quantizers were placed by: give `rules`.")
     module = _built(model, path, kwargs)
     leave_folded_(module, state)
     if has_quantized_layers(module):
-        check_origin({RULES: rules}, rules_of(module) or rules, path)
+        agreed(rules, rules_of(module), f"`path` {path}")
     else:
         placement = checkpoint.get(PLACEMENT)
         if target is None and placement is None and any(".residual_quantizer." in key for key in state):
@@ -135,15 +133,20 @@ def origin_of(model: nn.Module) -> dict[str, Any]:
     return ({} if rules is None else {RULES: to_plain(rules)}) | {PLACEMENT: dataclasses.asdict(placement_of(model))}
 
 
-def check_origin(checkpoint: Mapping[str, Any], rules: Rules, path: str | Path) -> None:
-    """Raise ``ValueError`` where a checkpoint's quantizers were placed by other rules: its amax would fit, and the codes not."""
-    if RULES not in checkpoint:
-        return
-    found, wanted = resolve_rules(checkpoint[RULES]), resolve_rules(rules)
+def agreed(saved: Rules | None, given: Rules | None, what: str) -> Rules | None:
+    """The rules that ``what`` was quantized by: those saved, or those given; where both are known they are the same.
+
+    Raises:
+        ValueError: they are others: amax would fit, and the codes not.
+    """
+    if saved is None or given is None:
+        return given if saved is None else saved
+    found, wanted = resolve_rules(saved), resolve_rules(given)
     if found != wanted:
         other = next((pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]), None)
         how = f"by {len(found)} rules, not by these {len(wanted)}" if other is None else f"by {other[0]}, not by {other[1]}"
-        raise ValueError(f"{path} was quantized {how}: give `rules` as they were, `torch.load(path)[{RULES!r}]`.")
+        raise ValueError(f"{what} was quantized {how}: give `rules` as they were, `torch.load(path)[{RULES!r}]`.")
+    return given
 
 
 def to_plain(rules: Rules) -> list[dict[str, Any]]:

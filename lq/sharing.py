@@ -86,11 +86,14 @@ def separate_as_placed_(model: nn.Module, shared: Sequence[Sequence[str]]) -> No
 
 def _separate_(model: nn.Module, kind: Callable[[str], Hashable]) -> None:
     """Have a quantizer be one for each kind of place that it stands in."""
-    places: dict[TensorQuantizer, dict[Hashable, list[str]]] = defaultdict(lambda: defaultdict(list))
+    places: dict[TensorQuantizer, list[str]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, TensorQuantizer):
-            places[module][kind(path)].append(path)
-    for quantizer, kinds in places.items():
+            places[module].append(path)
+    for quantizer, shared in places.items():
+        kinds: dict[Hashable, list[str]] = defaultdict(list)
+        for path in shared if len(shared) > 1 else ():
+            kinds[kind(path)].append(path)
         for i, paths in enumerate(kinds.values() if len(kinds) > 1 else ()):
             one = copy.deepcopy(quantizer) if i else quantizer
             one._last = LastResult(len(paths)) if len(paths) > 1 else None

@@ -29,7 +29,7 @@ from lq.sharing import leave_sharing_
 M = TypeVar("M", bound=nn.Module)
 
 # Where a model has the rules that it was quantized by.
-RULES = "_lq_rules"
+PLACED_BY = "_lq_rules"
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -218,13 +218,13 @@ def dequantize_(model: M) -> M:
     leave_sharing_(model)
     remove_products_(model)
     take_fast_paths_(model)
-    vars(model).pop(RULES, None)
+    vars(model).pop(PLACED_BY, None)
     return model
 
 
 def remember_rules_(model: nn.Module, rules: Sequence[QuantRule]) -> None:
     """Have a model know by which rules its quantizers were placed, in place; its copies know it too."""
-    vars(model)[RULES] = tuple(rules)
+    vars(model)[PLACED_BY] = tuple(rules)
 
 
 def rules_of(model: nn.Module) -> list[QuantRule] | None:
@@ -233,7 +233,7 @@ def rules_of(model: nn.Module) -> list[QuantRule] | None:
     >>> rules_of(quantize_(nn.Linear(2, 2), "w4a8"))[0].weight.num_bits
     4
     """
-    rules = vars(model).get(RULES)
+    rules = vars(model).get(PLACED_BY)
     return None if rules is None else list(rules)
 
 

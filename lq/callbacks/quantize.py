@@ -25,7 +25,7 @@ from lq.callbacks.placing import await_learned_, place_
 from lq.callbacks.stages import validate_stage
 from lq.corrections import Correction, Corrections
 from lq.descriptor import Rules, resolve_rules
-from lq.load import PLACEMENT, check_origin, origin_of
+from lq.load import PLACEMENT, RULES, agreed, origin_of
 from lq.methods import Method, check_options
 from lq.nn import recompute_
 from lq.placement import check_target
@@ -266,7 +266,7 @@ class Quantize(KeepsWeights):
             checkpoint[BEST] = self._best.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        check_origin(checkpoint, self.rules, "`ckpt_path`")
+        agreed(checkpoint.get(RULES), self.rules, "`ckpt_path`")
         if PLACEMENT in checkpoint:
             separate_as_placed_(pl_module, checkpoint[PLACEMENT]["shared"])
         self._restored = checkpoint.get(BEST, {})

@@ -86,7 +86,6 @@ class ExactResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._between = False
-        vars(_validation_loop(trainer)).pop(LEFT_OUT, None)
         if self._later is not None:
             set_random_numbers(self._later)
             self._later = None
@@ -147,20 +146,17 @@ def _fetcher(trainer: Trainer) -> Any:
     return trainer.fit_loop._data_fetcher
 
 
-def _validation_loop(trainer: Trainer) -> Any:
-    return trainer.fit_loop.epoch_loop.val_loop
-
-
 def _leave_out_quietly(trainer: Trainer) -> None:
     """Have a validation that is left out draw no random numbers: its loaders are started all the same."""
-    loop = _validation_loop(trainer)
-    leave_out = getattr(loop, LEFT_OUT)
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    own = vars(loop)
 
     def quietly() -> None:
+        del own[LEFT_OUT]
         with isolate_rng():
-            leave_out()
+            getattr(loop, LEFT_OUT)()
 
-    vars(loop)[LEFT_OUT] = quietly
+    own[LEFT_OUT] = quietly
 
 
 def _will_start(trainer: Trainer) -> bool:
