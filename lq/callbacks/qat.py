@@ -34,12 +34,12 @@ class QuantizationAwareTraining(Callback):
         target: where quantizers are wanted beyond the inputs and weights of layers, as for :class:`Quantize`.
         method: how amax is chosen.
         alpha: SmoothQuant's migration strength; ``None`` does not rescale.
-        lr: learning rate, as a share of the original one; ``None`` leaves it alone.
+        lr_factor: the learning rate to start with, in units of the original one; ``None`` leaves rates alone.
         keep_best: never return a model worse than the calibrated one, by the metric of the fit's ModelCheckpoint.
         distill: learn from the float model too (:class:`Distill`).
         export: path of an ONNX file to write after the fit.
         quantize: in place of the one that ``rules``, ``method`` and ``alpha`` describe.
-        schedule: in place of the one that ``lr`` describes.
+        schedule: in place of the one that ``lr_factor`` describes.
         freeze: in place of the default.
         monitor: in place of the default.
 
@@ -54,7 +54,7 @@ class QuantizationAwareTraining(Callback):
         target: str | None = "tensorrt",
         method: Method = "mse",
         alpha: Alpha | None = 0.5,
-        lr: float | None = 0.01,
+        lr_factor: float | None = 0.01,
         keep_best: bool = False,
         distill: bool | Distill = False,
         export: str | Path | None = None,
@@ -67,15 +67,15 @@ class QuantizationAwareTraining(Callback):
             raise ValueError(
                 "`quantize` is given, and `rules`, `target`, `method`, `alpha` or `keep_best` too: set them in `quantize`."
             )
-        if schedule is not None and lr != 0.01:
-            raise ValueError("`schedule` is given, and `lr` too: set it in `schedule`.")
+        if schedule is not None and lr_factor != 0.01:
+            raise ValueError("`schedule` is given, and `lr_factor` too: set it in `schedule`.")
         self.quantize = quantize or Quantize(rules, target=target, method=method, alpha=alpha, keep_best=keep_best)
         teacher = Distill() if distill is True else distill
         self.parts: list[Callback] = [
             ExactResume(),
             *([teacher] if teacher else []),
             self.quantize,
-            schedule or QATSchedule(lr),
+            schedule or QATSchedule(lr_factor),
             freeze or ScaleFreeze(method=self.quantize.method, method_options=self.quantize.method_options),
             monitor or QuantMonitor(),
         ]

@@ -25,7 +25,8 @@ class QATSchedule(Callback):
     Put a ``LearningRateMonitor`` behind this callback, so that it sees the rate that is used.
 
     Args:
-        lr: learning rate to start with, as a share of the one that ``configure_optimizers`` set; ``None`` leaves rates alone.
+        lr_factor: the learning rate to start with, in units of the one that ``configure_optimizers`` set; ``None`` leaves rates
+            alone.
         final: learning rate to end with, as a share of the first.
         warmup: length of a linear warm-up: steps, as a float a share of all steps, or ``"1 epoch"``.
         original: Lightning checkpoint of the float model: the original rates are those that it was trained with
@@ -37,25 +38,25 @@ class QATSchedule(Callback):
     """
 
     def __init__(
-        self, lr: float | None = 0.01, final: float = 0.01, warmup: Length = 0, original: str | Path | None = None
+        self, lr_factor: float | None = 0.01, final: float = 0.01, warmup: Length = 0, original: str | Path | None = None
     ) -> None:
-        if lr is not None and not lr > 0:
-            raise ValueError(f"`lr` is {lr}: it must be a positive share of the original rate, or None.")
+        if lr_factor is not None and not lr_factor > 0:
+            raise ValueError(f"`lr_factor` is {lr_factor}: it must be a positive share of the original rate, or None.")
         if not 0 <= final <= 1:
             raise ValueError(f"`final` is {final}: it must lie in [0, 1].")
         to_steps(warmup, 1, "warmup", 1)
-        self.lr, self.final, self.warmup = lr, final, warmup
+        self.lr_factor, self.final, self.warmup = lr_factor, final, warmup
         self.original = None if original is None else checkpoint.original(original)
         self._total = 0
         self._initial: list[list[float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self.lr is None:
+        if stage != "fit" or self.lr_factor is None:
             return
         refuse_swa(trainer, "sets learning rates of its own, which QATSchedule would overrule")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.lr is None:
+        if self.lr_factor is None:
             return
         # optimizer states are not restored yet, so these are the rates of `configure_optimizers` on resume too
         self._initial = [[g.get("initial_lr", g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
@@ -63,7 +64,7 @@ class QATSchedule(Callback):
             self._initial = self._originals(self.original.lrs)
         if trainer.lr_scheduler_configs:
             names = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
-            rank_zero_warn(f"QATSchedule overrules the learning rates of {names}; `QATSchedule(lr=None)` keeps them.")
+            rank_zero_warn(f"QATSchedule overrules the learning rates of {names}; `QATSchedule(lr_factor=None)` keeps them.")
 
     def _originals(self, found: list[list[float]]) -> list[list[float]]:
         """Rates of the float training, for the groups that there are now."""
@@ -77,18 +78,18 @@ class QATSchedule(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not before: whoever asks earlier has Lightning start the loaders before a checkpoint has put them in their place
         total = total_steps(trainer)
-        if self.lr is not None and math.isinf(total):
+        if self.lr_factor is not None and math.isinf(total):
             raise MisconfigurationException(
                 "A cosine needs an end, and the fit has none: set `max_epochs` (`max_steps`, if the train loader has no length), "
-                "or `QATSchedule(lr=None)`."
+                "or `QATSchedule(lr_factor=None)`."
             )
-        self._total = int(total) if self.lr is not None else 0
+        self._total = int(total) if self.lr_factor is not None else 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.lr is None:
+        if self.lr_factor is None:
             return
         warmup = to_steps(self.warmup, self._total, "warmup", steps_per_epoch(trainer)) or 0
-        factor = self.lr * cosine_factor(step_of(trainer), self._total, final=self.final, warmup=warmup)
+        factor = self.lr_factor * cosine_factor(step_of(trainer), self._total, final=self.final, warmup=warmup)
         for optimizer, rates in zip(trainer.optimizers, self._initial, strict=True):
             # groups that came later (layers that a fine-tuning callback unfroze) start from the rate they came with
             rates += [group["lr"] for group in optimizer.param_groups[len(rates) :]]

@@ -87,7 +87,7 @@ def test_fast_dev_run(tmp_path):
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: EMAWeightAveraging(update_every_n_steps=1)])
 @pytest.mark.parametrize("first", [True, False])
 def test_averages_begin_with_the_calibrated_model(tmp_path, averaging, first):
-    average, qat = averaging(), QuantizationAwareTraining(lr=None)
+    average, qat = averaging(), QuantizationAwareTraining(lr_factor=None)
     seen = []
 
     class Look(Callback):
@@ -112,7 +112,7 @@ def test_an_average_resumes(tmp_path):
         model = Tiny()
         keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
         t = trainer(
-            folder, QuantizationAwareTraining(lr=None), EMAWeightAveraging(), keep, enable_checkpointing=True, max_epochs=3
+            folder, QuantizationAwareTraining(lr_factor=None), EMAWeightAveraging(), keep, enable_checkpointing=True, max_epochs=3
         )
         t.fit(model, loader(), loader(), ckpt_path=ckpt_path)
         return model.state_dict()
@@ -228,13 +228,13 @@ def test_by_hand_without_forward_calibration_is_the_users(tmp_path):
         validation_step = None
 
     with pytest.raises(MisconfigurationException, match=r"Override `Quantize\.calibration_step"):
-        fit(tmp_path, Bare(), qat=QuantizationAwareTraining(lr=None), val=False)
+        fit(tmp_path, Bare(), qat=QuantizationAwareTraining(lr_factor=None), val=False)
 
     class Mine(Quantize):
         def calibration_step(self, pl_module, batch):
             pl_module.net(batch[0])
 
-    fit(tmp_path, Bare(), qat=QuantizationAwareTraining(lr=None, quantize=Mine()), val=False)
+    fit(tmp_path, Bare(), qat=QuantizationAwareTraining(lr_factor=None, quantize=Mine()), val=False)
 
 
 class Stream(IterableDataset):
@@ -243,7 +243,7 @@ class Stream(IterableDataset):
 
 
 def test_a_stream_without_length(tmp_path):
-    qat = QuantizationAwareTraining(lr=None, freeze=ScaleFreeze(2, observe=1, freeze_after=6))
+    qat = QuantizationAwareTraining(lr_factor=None, freeze=ScaleFreeze(2, observe=1, freeze_after=6))
     fit(tmp_path, data=DataLoader(Stream(), 4), qat=qat)
     fit(tmp_path, data=DataLoader(Stream(), 4), max_steps=6, max_epochs=-1)
 
@@ -351,7 +351,7 @@ class Digits(LightningDataModule):
 
 
 def test_lightning_cli(tmp_path):
-    arguments = ["fit", "--trainer.callbacks+=lq.callbacks.QuantizationAwareTraining", "--trainer.callbacks.lr=0.1"]
+    arguments = ["fit", "--trainer.callbacks+=lq.callbacks.QuantizationAwareTraining", "--trainer.callbacks.lr_factor=0.1"]
     options = ["accelerator=cpu", "max_epochs=1", "logger=false", "enable_progress_bar=false", f"default_root_dir={tmp_path}"]
     cli = LightningCLI(Tiny, Digits, args=[*arguments, *(f"--trainer.{option}" for option in options)], save_config_callback=None)
     check(cli.model)
@@ -368,7 +368,7 @@ def test_a_loss_that_is_nan_leaves_the_scales(tmp_path):
     model = Broken()
     freeze = ScaleFreeze(refresh_every=2, observe=1, freeze_after=None)
     with pytest.raises(ValueError, match=r"NaN or Inf in calibration data, first at `net\.0\.weight`|NaN or Inf"):
-        trainer(tmp_path, QuantizationAwareTraining(lr=None, freeze=freeze), max_epochs=1).fit(model, loader())
+        trainer(tmp_path, QuantizationAwareTraining(lr_factor=None, freeze=freeze), max_epochs=1).fit(model, loader())
     assert all(bool(q.amax.isfinite().all()) for _, q in lq.named_quantizers(model))
 
 

@@ -116,7 +116,7 @@ def test_resume_is_bit_identical(tmp_path, batch_size, epochs, last):
         model = Tiny()
         model.net[3].p = 0.0  # dropout would draw other numbers
         keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        qat = QuantizationAwareTraining(lr=None, freeze=ScaleFreeze(4, observe=3, freeze_after=0.75))
+        qat = QuantizationAwareTraining(lr_factor=None, freeze=ScaleFreeze(4, observe=3, freeze_after=0.75))
         fit = trainer(folder, qat, keep, max_epochs=epochs, enable_checkpointing=True)
         fit.fit(model, loader(batch_size=batch_size), loader(), ckpt_path=ckpt_path)
         return model
@@ -344,7 +344,7 @@ def test_after_a_crash_in_calibration_the_next_fit_does_it_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"quantize": Quantize(), "method": "max"}, {"schedule": lq.callbacks.QATSchedule(), "lr": 0.1}]
+    "options", [{"quantize": Quantize(), "method": "max"}, {"schedule": lq.callbacks.QATSchedule(), "lr_factor": 0.1}]
 )
 def test_an_argument_that_a_given_part_would_hide_is_refused(options):
     with pytest.raises(ValueError, match="is given"):

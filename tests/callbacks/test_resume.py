@@ -109,7 +109,7 @@ def test_resume_at_the_end_of_an_epoch_is_bit_identical(tmp_path, validation):
         seed_everything(1, verbose=False)
         model = Tiny()
         keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-        fit = trainer(folder, QuantizationAwareTraining(lr=1.0), keep, max_epochs=3, enable_checkpointing=True)
+        fit = trainer(folder, QuantizationAwareTraining(lr_factor=1.0), keep, max_epochs=3, enable_checkpointing=True)
         fit.fit(model, DataLoader(Noisy(), 4, shuffle=True), loader() if validation else None, ckpt_path=ckpt_path)
         return model.state_dict()
 

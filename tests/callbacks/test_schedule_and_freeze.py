@@ -67,7 +67,7 @@ def test_each_parameter_group_has_its_own_rate(tmp_path):
             )
 
     model = Groups()
-    t = trainer(tmp_path, QATSchedule(lr=0.5), max_steps=1, max_epochs=None)
+    t = trainer(tmp_path, QATSchedule(lr_factor=0.5), max_steps=1, max_epochs=None)
     t.fit(model, loader())
     assert [g["lr"] for g in t.optimizers[0].param_groups] == pytest.approx([0.5, 0.05])
 
@@ -82,7 +82,7 @@ def test_a_scheduler_of_the_module_is_overruled_with_a_warning_or_kept(tmp_path)
     with pytest.warns(UserWarning, match="ExponentialLR"):
         trainer(tmp_path, QATSchedule(), ours).fit(Scheduled(), loader())
     assert ours.lr[8] == pytest.approx(expected(8, 16))
-    trainer(tmp_path, QATSchedule(lr=None), own).fit(Scheduled(), loader())
+    trainer(tmp_path, QATSchedule(lr_factor=None), own).fit(Scheduled(), loader())
     assert own.lr[0] == 0.1
     assert own.lr[8] == 0.05
 
@@ -138,7 +138,7 @@ def test_endless_fits_are_refused(tmp_path):
         trainer(tmp_path, QATSchedule(), max_epochs=-1).fit(Tiny(), loader())
 
 
-@pytest.mark.parametrize("options", [{"lr": 0}, {"lr": -1.0}, {"final": 1.5}])
+@pytest.mark.parametrize("options", [{"lr_factor": 0}, {"lr_factor": -1.0}, {"final": 1.5}])
 def test_bad_shares_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         QATSchedule(**options)

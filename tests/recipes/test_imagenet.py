@@ -275,7 +275,7 @@ def test_the_experiment_is_the_tutorials(tmp_path):
     quantize, schedule, freeze = (callbacks[name] for name in ("quantize", "schedule", "freeze"))
     assert (quantize.method, quantize.method_options["percentile"], quantize.alpha) == ("percentile", 99.99, None)
     assert quantize.batches * cfg.data.batch_size == 1024
-    assert model.hparams["lr"] * schedule.lr == pytest.approx(0.001)
+    assert model.hparams["lr"] * schedule.lr_factor == pytest.approx(0.001)
     assert (freeze.refresh_every, freeze.freeze_after, freeze.batchnorm) == (None, 0, False)
 
 
