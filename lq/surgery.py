@@ -13,7 +13,7 @@ from lq.descriptor import QuantRule, Rules, resolve_rules
 from lq.float_operations import FloatOperation as FloatOperation
 from lq.float_operations import float_operations as float_operations
 from lq.functional.blocks import split_blocks
-from lq.nn.convert import float_class_of, is_quantizable, to_float_, to_quantized_
+from lq.nn.convert import float_class_of, is_quantizable, is_unknown, to_float_, to_quantized_
 from lq.nn.elsewhere import register_known
 from lq.nn.example import example_inputs
 from lq.nn.fast_paths import leave_fast_paths_, take_fast_paths_
@@ -100,7 +100,8 @@ def quantize_(
             target, one without example inputs, or descriptors that it has no kernels for.
 
     Warns:
-        UserWarning: residual adds that stay in float for TensorRT, by name, and why.
+        UserWarning: layers that the rules are for but that have no quantized class (``nn.GRU``, a subclass of ``nn.Conv2d``), by
+            name; residual adds that stay in float for TensorRT, by name, and why.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> quantizers = dict(named_quantizers(quantize_(model)))
@@ -159,28 +160,48 @@ def _check_quantizable(model: nn.Module) -> None:
 
 def _quantize(model: nn.Module, rules: list[QuantRule], products: bool = False) -> None:
     layers = {name: m for name, m in model.named_modules() if is_quantizable(m)}
-    chosen = _choose(rules, layers, products)
-    if all(rule.input is None and rule.weight is None for rule in chosen.values()):
+    unknown = {name: m for name, m in model.named_modules() if is_unknown(m)}
+    chosen = _choose(rules, layers, unknown, products)
+    if all(map(_is_float, chosen.values())):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     for name, rule in chosen.items():
         _check_blocks(name, layers[name], rule)
     for name, rule in chosen.items():
-        if rule.input is not None or rule.weight is not None:
+        if not _is_float(rule):
             for quantizer in to_quantized_(layers[name], rule.input, rule.weight).quantizers().values():
                 quantizer.dynamic = False
     leave_fast_paths_(model)
     remember_rules_(model, rules)
+    _warn_of(unknown, rules)
 
 
-def _choose(rules: list[QuantRule], layers: dict[str, nn.Module], products: bool) -> dict[str, QuantRule]:
+def _choose(
+    rules: list[QuantRule], layers: dict[str, nn.Module], unknown: dict[str, nn.Module], products: bool
+) -> dict[str, QuantRule]:
     chosen: dict[str, QuantRule] = {}
     for rule in rules:
         matches = [name for name, module in layers.items() if _matches(rule, name, float_class_of(module))]
         # of products all were looked for: the model has none
-        if not matches and not (products and is_for_products(rule)):
+        sought = products and is_for_products(rule)
+        if not (matches or sought or (_is_float(rule) and any(_matches(rule, name, type(m)) for name, m in unknown.items()))):
             raise ValueError(_unmatched(rule, layers))
         chosen.update(dict.fromkeys(matches, rule))
     return chosen
+
+
+def _is_float(rule: QuantRule) -> bool:
+    return rule.input is None and rule.weight is None
+
+
+def _warn_of(unknown: dict[str, nn.Module], rules: list[QuantRule]) -> None:
+    last = {name: rule for rule in rules for name, module in unknown.items() if _matches(rule, name, type(module))}
+    left = [f"`{name}` ({type(unknown[name]).__name__})" for name, rule in last.items() if not _is_float(rule)]
+    if left:
+        warnings.warn(
+            f"Left in float, having no quantized class: {', '.join(left)}. One of your own: `lq.nn.register`. If that is as it "
+            "should be, say so with a rule: `QuantRule(name)`.",
+            stacklevel=4,
+        )
 
 
 def _unmatched(rule: QuantRule, layers: dict[str, nn.Module]) -> str:

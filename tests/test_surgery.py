@@ -380,3 +380,49 @@ def test_the_calibrated_model_quantizes_input_and_weight():
     rows = weight.abs().amax(1, keepdim=True)
     expected = fake_tensor_quant(x, x.abs().max(), narrow_range=False) @ fake_tensor_quant(weight, rows).T
     torch.testing.assert_close(model(x), expected)
+
+
+class Scaled(nn.Linear):
+    """A subclass with a forward of its own, which no quantized class knows."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def with_unknown():
+    return nn.ModuleDict({"gru": nn.GRU(4, 4), "scaled": Scaled(4, 4), "fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+
+
+def test_layers_without_a_quantized_class_are_named():
+    with pytest.warns(UserWarning, match=r"having no quantized class: `gru` \(GRU\), `scaled` \(Scaled\)\.") as caught:
+        model = quantize_(with_unknown())
+    assert [name for name, _ in named_quantizers(model)] == ["fc.input", "fc.weight"]
+    assert caught[0].filename == __file__
+    parametrized = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match=r"`0` \(ParametrizedLinear\)\."):
+        quantize_(parametrized)
+
+
+ALL = QuantRule("*", INT8_INPUT, INT8_WEIGHT)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [ALL, QuantRule("gru"), QuantRule("scaled")],
+        [ALL, QuantRule("[gs]*")],
+        [ALL, QuantRule("*", types=("GRU", "Scaled"))],
+        [QuantRule("fc", INT8_INPUT, INT8_WEIGHT)],
+    ],
+    ids=["names", "pattern", "types", "another layer"],
+)
+def test_layers_that_the_rules_leave_out_are_not_named(rules):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = quantize_(with_unknown(), rules)
+    assert [name for name, _ in named_quantizers(model)] == ["fc.input", "fc.weight"]
+
+
+def test_a_rule_for_a_layer_without_a_quantized_class_is_refused():
+    with pytest.raises(ValueError, match="'gru' matches no quantizable layer"):
+        quantize_(with_unknown(), [ALL, QuantRule("gru", INT8_INPUT, INT8_WEIGHT)])

@@ -4,7 +4,7 @@ from torch import nn
 
 from lq.descriptor import QuantDescriptor
 from lq.nn.input_channels import factor_of, scale_input_channels_, shift_of, take_shift_back_
-from lq.nn.quant_module import QUANT_MODULES, QuantInputMixin, QuantModule
+from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantInputMixin, QuantModule
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -12,6 +12,16 @@ def is_quantizable(module: nn.Module) -> bool:
     if isinstance(module, QuantModule) and type(module) not in QUANT_MODULES:
         return type(module) in QUANT_MODULES.values() and all(q._disabled for q in module.quantizers().values())
     return type(module) in QUANT_MODULES
+
+
+def is_unknown(module: nn.Module) -> bool:
+    """Whether a layer with weights has no quantized class: ``nn.GRU``; a subclass of a registered one, whose forward may differ.
+
+    >>> is_unknown(nn.GRU(2, 2)), is_unknown(nn.Linear(2, 2)), is_unknown(nn.ReLU())
+    (True, False, False)
+    """
+    kinds = (*(QUANT_MODULES.keys() - ON_REQUEST), nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+    return isinstance(module, kinds) and not isinstance(module, QuantModule) and not is_quantizable(module)
 
 
 def float_class_of(module: nn.Module) -> type[nn.Module]:
