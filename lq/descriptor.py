@@ -205,7 +205,8 @@ class QuantRule:
     """Which modules get which descriptors: in a list of rules the last one that matches a module wins.
 
     Args:
-        pattern: shell wildcards, matched against the module's dotted name; ``*`` also crosses dots.
+        pattern: shell wildcards, matched against the module's dotted name; ``*`` also crosses dots. With a target,
+            ``conv.residual`` and ``conv.branch`` are what the add behind ``conv`` takes; else they follow the rule of ``conv``.
         input: descriptor of the input, or a mapping of its fields; ``None`` leaves it in float.
         weight: of the weight, likewise. With both ``None`` the module is not touched.
         types: names of classes, as ``"Conv2d"``; only their modules match. By default all match but those that gain little by

@@ -1,15 +1,22 @@
 """What :mod:`lq.placement` found, by names: another model of the same class gets it without a run."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lq.descriptor import QuantDescriptor, QuantRule
+from lq.nn.convert import float_class_of
 from lq.nn.products import add_products_, product_blocks
 from lq.nn.quant_module import QuantModule
 from lq.nn.residual import hooks_of, quantize_shortcut_
 from lq.nn.tensor_quantizer import TensorQuantizer
 from lq.sharing import share_
+
+# Quantizers of a residual add belong to the layer before it: one for the shortcut, one for what the layer gives.
+SHORTCUT_ROLES = ("residual", "branch")
 
 
 @dataclass(frozen=True)
@@ -35,17 +42,39 @@ class Placement:
         for block, functions in self.products.items():
             add_products_(_child(model, block), functions)
 
-    def place_(self, model: nn.Module) -> None:
-        """Quantize the shortcuts and share quantizers, in place: after layers were quantized.
+    def place_(self, model: nn.Module, rules: Sequence[QuantRule]) -> None:
+        """Quantize the shortcuts and share quantizers, in place: after layers were quantized, by the same rules.
 
         Raises:
             ValueError: a block or layer that the model does not have, or that has no quantizers.
         """
         for block, name, operand, both in self.shortcuts:
             layer = _layer(model, name)
-            desc = layer.quantizers()["input"].quant_desc
-            quantize_shortcut_(_child(model, block), layer, operand, desc, both=both)
+            if descriptors := of_shortcut(rules, name, layer, both=both):
+                quantize_shortcut_(_child(model, block), layer, operand, descriptors)
         share_(model, [[_site(model, name) for name in group] for group in self.shared])
+
+
+def of_shortcut(rules: Sequence[QuantRule], name: str, layer: QuantModule, *, both: bool) -> dict[str, QuantDescriptor]:
+    """Descriptors of a residual add by the roles of its quantizers: those of the layer's input, unless a rule names the role.
+
+    Args:
+        rules: those that the layer was quantized by.
+        name: the layer's; a role's is ``<name>.residual`` or ``<name>.branch``.
+        layer: the quantized layer before the add.
+        both: ``branch`` too.
+    """
+    own: QuantDescriptor = layer.quantizers()["input"].quant_desc
+    kind = float_class_of(layer).__name__
+    found: dict[str, QuantDescriptor | None] = {}
+    for role in SHORTCUT_ROLES if both else SHORTCUT_ROLES[:1]:
+        for rule in rules:
+            if rule.types is None or kind in rule.types:
+                if fnmatchcase(name, rule.pattern):
+                    found[role] = own
+                elif fnmatchcase(f"{name}.{role}", rule.pattern):
+                    found[role] = rule.input
+    return {role: desc for role, desc in found.items() if desc is not None}
 
 
 def placement_of(model: nn.Module) -> Placement:

@@ -8,7 +8,7 @@ ONNX Runtime fuses no add into a convolution, and runs a convolution in INT8 onl
 QLinearConv gives codes): both operands of the add are quantized, and it is a QLinearAdd.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from lq.nn.operations import Operation
 from lq.nn.products import add_products_
 from lq.nn.quant_module import QuantInputMixin
 from lq.nn.residual import quantize_shortcut_
+from lq.placed import of_shortcut
 from lq.products import find_products
 from lq.sharing import Site, find_shared, share_
 from lq.shortcuts import find_shortcuts
@@ -27,12 +28,15 @@ from lq.shortcuts import find_shortcuts
 TARGETS = ("tensorrt", "onnxruntime")
 
 
-def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+def place_(
+    target: str, model: nn.Module, rules: Sequence[QuantRule], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
     """Quantize the shortcuts of residual adds, and share the quantizers of what takes one tensor, in place.
 
     Args:
         target: one of :data:`TARGETS`.
         model: with quantized layers that are not calibrated yet.
+        rules: those that they were quantized by.
         args: positional inputs of one forward.
         kwargs: keyword inputs of it.
 
@@ -42,11 +46,13 @@ def place_(target: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     flow = trace(model, args, dict(kwargs))
     shortcuts, left = find_shortcuts(flow, model)
     sites = list(_sites(flow))
+    names = {module: name for name, module in model.named_modules()}
     for shortcut in shortcuts:
-        desc = shortcut.layer.quantizers()["input"].quant_desc
-        both = target == "onnxruntime"
-        quantize_shortcut_(shortcut.block, shortcut.layer, shortcut.operand, desc, both=both)
-        sites += [(value, shortcut.layer, "residual") for value in shortcut.values]
+        descriptors = of_shortcut(rules, names[shortcut.layer], shortcut.layer, both=target == "onnxruntime")
+        if descriptors:
+            quantize_shortcut_(shortcut.block, shortcut.layer, shortcut.operand, descriptors)
+        if "residual" in descriptors:
+            sites += [(value, shortcut.layer, "residual") for value in shortcut.values]
     share_(model, find_shared(flow, sites))
     return left
 

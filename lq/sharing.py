@@ -57,6 +57,16 @@ def find_shared(flow: Flow, sites: list[Site]) -> list[list[tuple[QuantModule, s
     return [list(group) for group in groups.values() if len(group) > 1]
 
 
+def holders_of(model: nn.Module) -> dict[TensorQuantizer, list[tuple[QuantModule, str]]]:
+    """Each quantizer of a layer with all layers that have it, and its role there."""
+    holders: dict[TensorQuantizer, list[tuple[QuantModule, str]]] = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            for role, quantizer in module.quantizers().items():
+                holders[quantizer].append((module, role))
+    return holders
+
+
 def share_(model: nn.Module, groups: Sequence[Sequence[tuple[QuantModule, str]]]) -> None:
     """Have the first quantizer of each group stand for all of it, in place."""
     for (first, first_role), *others in groups:

@@ -21,7 +21,7 @@ from lq.nn.products import remove_products_
 from lq.nn.quant_module import ON_REQUEST, QUANT_MODULES, QuantModule
 from lq.nn.residual import leave_shortcuts_
 from lq.nn.tensor_quantizer import TensorQuantizer
-from lq.placed import Placement
+from lq.placed import SHORTCUT_ROLES, Placement
 from lq.placement import check_target, place_, place_products_
 from lq.products import is_for_products, named_products
 from lq.sharing import leave_sharing_
@@ -117,9 +117,9 @@ def quantize_(
     example = example_inputs(model, args, kwargs, f"`target={target!r}` has the model run once")
     left = place_products_(model, *example, named_products(resolved))
     with _undone_on_error(model):
-        _quantize(model, resolved, products=True)
+        _quantize(model, resolved, targeted=True)
         remove_products_(model, idle=True)
-        left |= place_(target, model, *example)
+        left |= place_(target, model, resolved, *example)
     if left:
         reasons = "; ".join(f"`{name or type(model).__name__}`: {reason}" for name, reason in left.items())
         warnings.warn(f"Left in float for {target} ({reasons}). By hand: lq.nn.QuantAdd, lq.nn.QuantMatmul.", stacklevel=2)
@@ -131,9 +131,10 @@ def quantize_as_(model: M, rules: Rules, placement: Placement) -> M:
     _check_quantizable(model)
     placement.place_products_(model)
     with _undone_on_error(model):
-        _quantize(model, resolve_rules(rules), products=True)
+        resolved = resolve_rules(rules)
+        _quantize(model, resolved, targeted=True)
         remove_products_(model, idle=True)
-        placement.place_(model)
+        placement.place_(model, resolved)
     return model
 
 
@@ -158,10 +159,10 @@ def _check_quantizable(model: nn.Module) -> None:
         )
 
 
-def _quantize(model: nn.Module, rules: list[QuantRule], products: bool = False) -> None:
+def _quantize(model: nn.Module, rules: list[QuantRule], targeted: bool = False) -> None:
     layers = {name: m for name, m in model.named_modules() if is_quantizable(m)}
     unknown = {name: m for name, m in model.named_modules() if is_unknown(m)}
-    chosen = _choose(rules, layers, unknown, products)
+    chosen = _choose(rules, layers, unknown, targeted)
     if all(map(_is_float, chosen.values())):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     for name, rule in chosen.items():
@@ -176,17 +177,24 @@ def _quantize(model: nn.Module, rules: list[QuantRule], products: bool = False) 
 
 
 def _choose(
-    rules: list[QuantRule], layers: dict[str, nn.Module], unknown: dict[str, nn.Module], products: bool
+    rules: list[QuantRule], layers: dict[str, nn.Module], unknown: dict[str, nn.Module], targeted: bool
 ) -> dict[str, QuantRule]:
     chosen: dict[str, QuantRule] = {}
     for rule in rules:
-        matches = [name for name, module in layers.items() if _matches(rule, name, float_class_of(module))]
-        # of products all were looked for: the model has none
-        sought = products and is_for_products(rule)
-        if not (matches or sought or (_is_float(rule) and any(_matches(rule, name, type(m)) for name, m in unknown.items()))):
+        matches = _matching(rule, layers)
+        if not (matches or (_is_float(rule) and _matching(rule, unknown)) or (targeted and _is_for_a_target(rule, layers))):
             raise ValueError(_unmatched(rule, layers))
         chosen.update(dict.fromkeys(matches, rule))
     return chosen
+
+
+def _matching(rule: QuantRule, layers: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in layers.items() if _matches(rule, name, float_class_of(module))]
+
+
+def _is_for_a_target(rule: QuantRule, layers: dict[str, nn.Module]) -> bool:
+    """Whether a rule is for what is found by a run: products, of which the model may have none, and residual adds, likewise."""
+    return is_for_products(rule) or any(fnmatchcase(f"{name}.{role}", rule.pattern) for name in layers for role in SHORTCUT_ROLES)
 
 
 def _is_float(rule: QuantRule) -> bool:
@@ -194,7 +202,7 @@ def _is_float(rule: QuantRule) -> bool:
 
 
 def _warn_of(unknown: dict[str, nn.Module], rules: list[QuantRule]) -> None:
-    last = {name: rule for rule in rules for name, module in unknown.items() if _matches(rule, name, type(module))}
+    last = {name: rule for rule in rules for name in _matching(rule, unknown)}
     left = [f"`{name}` ({type(unknown[name]).__name__})" for name, rule in last.items() if not _is_float(rule)]
     if left:
         warnings.warn(

@@ -16,7 +16,7 @@ from lq.descriptor import INT8_INPUT, INT8_WEIGHT, QuantDescriptor, QuantRule
 from lq.load import load_quantized
 from lq.nn import TensorQuantizer
 from lq.placed import Placement, placement_of
-from lq.surgery import is_quantized
+from lq.surgery import is_quantized, quantize_as_
 
 
 class Block(nn.Module):
@@ -74,6 +74,51 @@ def test_shortcuts_are_quantized_and_nothing_else_changes():
         for conv in ("0", "2.conv1", "2.conv2", "3.conv1", "3.conv2", "3.downsample.0")
         for role in ("input", "weight")
     }
+
+
+EIGHT = QuantRule("*", INT8_INPUT, INT8_WEIGHT)
+SIX = INT8_INPUT.replace(num_bits=6)
+
+
+@pytest.mark.parametrize(
+    ("rules", "bits"),
+    [
+        ([EIGHT], {"residual": [8, 8], "branch": [8, 8]}),
+        ([EIGHT, QuantRule("*.residual", SIX)], {"residual": [6, 6], "branch": [8, 8]}),
+        ([EIGHT, QuantRule("2.conv2.branch", SIX)], {"residual": [8, 8], "branch": [6, 8]}),
+        ([EIGHT, QuantRule("*.branch"), QuantRule("3.conv2.residual")], {"residual": [8, None], "branch": [None, None]}),
+        # the last that matches wins, and those of the layer are for its shortcut too
+        ([QuantRule("*.residual", SIX), EIGHT], {"residual": [8, 8], "branch": [8, 8]}),
+        ([EIGHT, QuantRule("3*conv2", SIX, INT8_WEIGHT)], {"residual": [8, 6], "branch": [8, 6]}),
+        ([EIGHT, QuantRule("*.residual", SIX, types=("Linear",))], {"residual": [8, 8], "branch": [8, 8]}),
+    ],
+)
+def test_a_rule_may_name_a_shortcut(rules, bits):
+    model = lq.quantize_(net(), rules, target="onnxruntime", args=IMAGES)
+    for role, expected in bits.items():
+        found = [model[block].conv2.quantizers().get(role) for block in (2, 3)]
+        assert [None if quantizer is None else quantizer.num_bits for quantizer in found] == expected
+    with lq.calibrating(model):
+        model(IMAGES)
+    alike = quantize_as_(net(), rules, placement_of(model))
+    assert {name: q.quant_desc for name, q in lq.named_quantizers(alike)} == {
+        name: q.quant_desc for name, q in lq.named_quantizers(model)
+    }
+    alike.load_state_dict(model.state_dict())
+    assert torch.equal(alike(IMAGES), model(IMAGES))
+
+
+def test_without_a_target_there_are_no_shortcuts_to_name():
+    with pytest.raises(ValueError, match=r"'\*.residual' matches no quantizable layer"):
+        lq.quantize_(net(), [EIGHT, QuantRule("*.residual", SIX)])
+
+
+def test_a_shortcut_below_zero_says_so():
+    model = placed(net())
+    model[3].conv2.residual_quantizer.quant_desc = INT8_INPUT.replace(unsigned=True)
+    model[3].conv2.residual_quantizer.amax = 1.0
+    with pytest.raises(ValueError, match="`unsigned` is True, but"):
+        model(IMAGES)
 
 
 def test_add_takes_the_quantized_shortcut():

@@ -31,7 +31,11 @@ class _Adding(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.waiting and func.__name__ in ADDITIONS and self._are_awaited(args):
             quantizers, self.waiting = self.waiting, {}
-            args = tuple(quantizers[place](arg) if place in quantizers else arg for place, arg in enumerate(args))
+            try:
+                args = tuple(quantizers[place](arg) if place in quantizers else arg for place, arg in enumerate(args))
+            except TypeError as error:
+                # Python would ask the other operand to add, and then complain of unsupported ones
+                raise ValueError(str(error)) from error
         return func(*args, **(kwargs or {}))
 
     def _are_awaited(self, args: tuple[Any, ...]) -> bool:
@@ -73,24 +77,23 @@ def _refuse_recomputing(layer: nn.Module) -> None:
         )
 
 
-def quantize_shortcut_(block: nn.Module, layer: QuantModule, operand: int, desc: QuantDescriptor, *, both: bool = False) -> None:
+def quantize_shortcut_(block: nn.Module, layer: QuantModule, operand: int, descriptors: dict[str, QuantDescriptor]) -> None:
     """Quantize what is added to the output of ``layer``, in place.
 
     Args:
         block: calls ``layer`` and then the add in its ``forward``, or has them called there.
-        layer: gets a ``residual_quantizer``; the first add after it of two tensors of its output's shape is the one.
+        layer: gets the quantizers; the first add after it of two tensors of its output's shape is the one.
         operand: place of the shortcut among the operands of the add, 0 or 1.
-        desc: what to do with it.
-        both: quantize the other operand too, that which comes from the layer, with a ``branch_quantizer``.
+        descriptors: what to do with the shortcut (``residual``), and with the other operand, what comes from the layer
+            (``branch``); either, or both.
     """
     hooks = next((h for h in map(hooks_of, block._forward_pre_hooks.values()) if h is not None), None)
     if hooks is None:
         hooks = ShortcutHooks()
         block.register_forward_pre_hook(hooks.enter)
         block.register_forward_hook(hooks.leave, always_call=True)
-    roles = ("residual", "branch") if both else ("residual",)
-    layer.make_quantizers(desc, *roles)
-    for role in roles:
+    for role, desc in descriptors.items():
+        layer.make_quantizers(desc, role)
         layer.quantizers()[role].dynamic = False
     vars(layer)["shortcut_operand"] = operand
     layer.register_forward_hook(hooks.wait)

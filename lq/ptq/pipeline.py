@@ -11,7 +11,7 @@ from lq.analysis.calibration import calibration_rows
 from lq.analysis.outputs import PLAIN
 from lq.calib import failing_together
 from lq.calibration import load_calib_amax_, merge_statistics_, observe_, stop_observing_
-from lq.corrections import Corrections, RecordingError, weights_bias_correction_
+from lq.corrections import TAKE_SHIFTS, Corrections, RecordingError, weights_bias_correction_
 from lq.descriptor import QuantDescriptor, QuantRule
 from lq.methods import Method
 from lq.nn.evaluating import evaluating
@@ -19,9 +19,11 @@ from lq.nn.example import positional_inputs
 from lq.nn.quant_module import QuantMixin
 from lq.nn.reuse import weight_quantizers
 from lq.nn.tensor_quantizer import TensorQuantizer
+from lq.placed import SHORTCUT_ROLES
 from lq.ptq.config import QuantizationConfig, QuantizationMethod, with_power_of_two_scale
 from lq.ptq.report import PtqReport
 from lq.ptq.sqnr import layer_sqnr
+from lq.sharing import holders_of
 from lq.surgery import has_quantized_layers, named_quantizers, quantize_, remember_rules_, unquantized
 
 M = TypeVar("M", bound=nn.Module)
@@ -134,12 +136,19 @@ def _activations(model: nn.Module) -> list[TensorQuantizer]:
 
 
 def _exceptions(model: nn.Module) -> list[QuantRule]:
-    """Rules for layers whose inputs have no sign, so that the model can be built again."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantMixin) and m.input_quantizer.unsigned}
-    return [
-        QuantRule(escape(name), input=_descriptor_of(layer.input_quantizer), weight=_descriptor_of(layer.weight_quantizer))
-        for name, layer in layers.items()
-    ]
+    """Rules for what has no sign, and for shortcuts unlike the layer before them, so that the model can be built again."""
+    rules: list[QuantRule] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantMixin):
+            continue
+        own = _descriptor_of(layer.input_quantizer)
+        if layer.input_quantizer.unsigned:
+            rules.append(QuantRule(escape(name), input=own, weight=_descriptor_of(layer.weight_quantizer)))
+        for role in SHORTCUT_ROLES:
+            quantizer = layer.quantizers().get(role)
+            if quantizer is not None and (desc := _descriptor_of(quantizer)) != own:
+                rules.append(QuantRule(escape(f"{name}.{role}"), input=desc))
+    return rules
 
 
 def _descriptor_of(quantizer: TensorQuantizer) -> QuantDescriptor | None:
@@ -148,14 +157,16 @@ def _descriptor_of(quantizer: TensorQuantizer) -> QuantDescriptor | None:
 
 def _choose_codes_(model: nn.Module, config: QuantizationConfig, target: str | None) -> None:
     """Leave the sign out of inputs where nothing was negative, and the target has codes without one."""
-    signed = target == "tensorrt" and config.activation_n_bits >= 8
-    method = config.activation_quantization_method
-    inputs = {m.input_quantizer for m in model.modules() if isinstance(m, QuantMixin)}
+    method, wide = config.activation_quantization_method, config.activation_n_bits >= 8
+    holders = holders_of(model)
     for quantizer in _activations(model):
         desc: QuantDescriptor = quantizer.quant_desc
         calibrator = quantizer.calibrator
-        free = quantizer in inputs and calibrator.collected and not quantizer.fixed and not signed
-        if free and method is not QuantizationMethod.UNIFORM:
+        takers = [layer for layer, role in holders[quantizer] if role == "input" and isinstance(layer, QuantMixin)]
+        # int8 holds 8 bits without a sign only shifted, which must be possible wherever the tensor goes
+        shiftable = len(takers) == len(holders[quantizer]) and all(isinstance(layer, TAKE_SHIFTS) for layer in takers)
+        free = takers and (not wide or (shiftable and target != "tensorrt"))
+        if free and calibrator.collected and not quantizer.fixed and method is not QuantizationMethod.UNIFORM:
             desc = desc.replace(unsigned=desc.unsigned or not bool(calibrator.negative > 0))
         if method is QuantizationMethod.POWER_OF_TWO:
             desc = with_power_of_two_scale(desc)

@@ -100,6 +100,6 @@ def test_a_block_that_checkpoints_a_part_of_itself_is_refused():
 def test_a_layer_alone_waits_for_nothing():
     layer = QuantConv2d(3, 3, 1, quant_desc_input=INT8_INPUT.replace(amax=4.0))
     block = nn.Sequential(layer)
-    quantize_shortcut_(block, layer, 1, INT8_INPUT.replace(amax=4.0))
+    quantize_shortcut_(block, layer, 1, {"residual": INT8_INPUT.replace(amax=4.0)})
     expected = layer(IMAGES) + IMAGES
     assert torch.equal(layer(IMAGES) + IMAGES, expected)

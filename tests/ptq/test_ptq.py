@@ -13,6 +13,7 @@ import lq
 from lq import QuantizationConfig, post_training_quantization
 from lq.calib import HistogramCalibrator
 from lq.export import placement_report, to_onnx, verify
+from lq.load import origin_of
 from lq.ptq.sqnr import layer_sqnr
 
 METHODS = {"NOCLIPPING": "max", "MSE": "mse", "MAE": "mae", "KL": "kl", "LP": "lp"}
@@ -261,6 +262,43 @@ def test_graph_is_that_of_the_model(model, batches, tmp_path, target):
     assert result.first_difference is None
     if target != "onnxruntime":
         assert not placement_report(path).float_layers
+
+
+class Residual(nn.Module):
+    """A residual block whose shortcut has a sign (``linear``), or comes from a ReLU."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 8, 3), nn.Identity() if linear else nn.ReLU()
+        self.up, self.down = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("target", [None, "tensorrt", "onnxruntime"])
+def test_residual_adds_are_exported_and_built_again(tmp_path, batches, target, bits, linear):
+    torch.manual_seed(0)
+    model = Residual(linear).eval()
+    quantized, report = post_training_quantization(model, batches, QuantizationConfig(activation_n_bits=bits), target=target)
+    found = dict(lq.named_quantizers(quantized))
+    assert found["down.input"].unsigned == (target != "tensorrt" or bits < 8)
+    # a shortcut from a ReLU has no sign, but with 8 bits an add cannot take codes that are shifted
+    if target is not None:
+        assert quantized.down.residual_quantizer.unsigned == (not linear and bits < 8)
+    path = to_onnx(quantized, batches[0], tmp_path / "model.onnx", target=target or "tensorrt")
+    assert verify(quantized, path, batches=batches).first_difference is None
+    torch.save(quantized.state_dict(), tmp_path / "model.pt")
+    example = () if target is None else batches[0]
+    loaded = lq.load_quantized(Residual(linear), tmp_path / "model.pt", report.rules, target=target, args=example)
+    assert {name: q.quant_desc for name, q in lq.named_quantizers(loaded)} == {name: q.quant_desc for name, q in found.items()}
+    assert torch.equal(loaded(batches[0]), quantized(batches[0]))
+    torch.save({"state_dict": quantized.state_dict(), **origin_of(quantized)}, tmp_path / "model.ckpt")
+    loaded = lq.load_quantized(Residual(linear), tmp_path / "model.ckpt")
+    assert torch.equal(loaded(batches[0]), quantized(batches[0]))
 
 
 def test_report(model, batches, tmp_path):
