@@ -156,7 +156,9 @@ def output_errors(module: nn.Module, inputs: Sequence[Tensor], input_amax: Tenso
         candidates: factors of the input channels, ``(channels,)`` each.
     """
     quantize_input, quantize_weight = _quantizers(module)
-    per_tensor = quantize_input.axis is None and quantize_input.quant_desc.block_size is None
+    desc = quantize_input.quant_desc
+    # a range of two ends is that of each sample
+    per_tensor = desc.axis is None and desc.block_size is None and not desc.affine
     weight = input_weight(module).detach()
     outputs = [_output(module, x, weight) for x in inputs]
     energy = sum(float(y.double().square().sum()) for y in outputs) or 1.0

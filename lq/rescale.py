@@ -165,7 +165,7 @@ class RescalingCalibrator:
         """Rescale with the statistics collected so far, over all ranks; :attr:`groups` then says what was done.
 
         Args:
-            alpha: migration strength in [0, 1]: 0 leaves activations as they are, 1 gives every channel the same range. A mapping
+            alpha: migration strength in [0, 1]: 0 gives the weights of every channel the same range, 1 the activations. A mapping
                 from patterns on names of layers to numbers (``{"*": 0.5, "*.fc1": 0.8}``, the last match wins); or ``"auto"``:
                 for each group the one of 0, 0.05 ... 1 with the least squared error at the layers' outputs, on a few inputs of
                 the batches collected; groups stay as they are where that gains nothing, or too little to pay for a multiply.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lq.descriptor import QuantRule, Rules, resolve_rules
 from lq.float_operations import FloatOperation as FloatOperation
@@ -112,7 +112,8 @@ def quantize_(
     check_target(target, resolved)
     _check_quantizable(model)
     if target is None:
-        _quantize(model, resolved)
+        with _undone_on_error(model):
+            _quantize(model, resolved)
         return model
     example = example_inputs(model, args, kwargs, f"`target={target!r}` has the model run once")
     left = place_products_(model, *example, named_products(resolved))
@@ -166,10 +167,10 @@ def _quantize(model: nn.Module, rules: list[QuantRule], targeted: bool = False) 
     if all(map(_is_float, chosen.values())):
         raise ValueError("The rules leave every layer in float: give at least one an `input` or a `weight` descriptor.")
     for name, rule in chosen.items():
-        _check_blocks(name, layers[name], rule)
-    for name, rule in chosen.items():
         if not _is_float(rule):
-            for quantizer in to_quantized_(layers[name], rule.input, rule.weight).quantizers().values():
+            layer = to_quantized_(layers[name], rule.input, rule.weight)
+            _check_blocks(name, layer, rule)
+            for quantizer in layer.quantizers().values():
                 quantizer.dynamic = False
     leave_fast_paths_(model)
     remember_rules_(model, rules)
@@ -223,13 +224,14 @@ def _unmatched(rule: QuantRule, layers: dict[str, nn.Module]) -> str:
     return f"The rule's pattern {rule.pattern!r} matches no quantizable layer{of_types}: {known}."
 
 
-def _check_blocks(name: str, module: nn.Module, rule: QuantRule) -> None:
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and rule.weight is not None and rule.weight.block_size is not None:
+def _check_blocks(name: str, layer: QuantModule, rule: QuantRule) -> None:
+    if rule.weight is None or rule.weight.block_size is None:
+        return
+    for role, weight in layer.weights().items():
         try:
             split_blocks(weight, rule.weight.block_size)
         except ValueError as error:
-            raise ValueError(f"`{name}.weight`: {error}") from None
+            raise ValueError(f"`{name}.{role}`: {error}") from None
 
 
 def _matches(rule: QuantRule, name: str, kind: type[nn.Module]) -> bool:
@@ -270,14 +272,18 @@ def rules_of(model: nn.Module) -> list[QuantRule] | None:
 
 
 def freeze_(model: M) -> M:
-    """Let no amax change any more, in place."""
-    for _, quantizer in named_quantizers(model):
-        quantizer.frozen = True
+    """Let no amax change any more, in place, those of quantizers that are disabled at present too."""
+    _set_frozen(model, True)
     return model
 
 
 def unfreeze_(model: M) -> M:
     """Let amax change again, in place."""
-    for _, quantizer in named_quantizers(model):
-        quantizer.frozen = False
+    _set_frozen(model, False)
     return model
+
+
+def _set_frozen(model: nn.Module, frozen: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer):
+            module.frozen = frozen

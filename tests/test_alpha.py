@@ -213,3 +213,16 @@ def test_half_precision_is_rescaled_within_its_precision(dtype, alpha):
     assert after(x).dtype == dtype
     torch.testing.assert_close(after(x).float(), before, rtol=0.05, atol=0.05 * before.abs().max().item())
     assert all(torch.isfinite(p).all() for p in after.parameters())
+
+
+def test_auto_with_ranges_of_two_ends():
+    model, x = model_of(nn.Identity(), nn.Linear(8, 6, bias=False)), outliers()
+    desc = lq.QuantDescriptor(num_bits=4)
+    lq.quantize_(model, [lq.QuantRule("*", desc.replace(affine=True), desc.replace(axis=0))])
+    before = model(x).detach()
+    calibrator = calibrator_of(model, x)
+    rescaled = calibrator.rescale("auto")
+    (group,) = calibrator.groups
+    # one channel is forty times as loud, so something gains
+    assert 0 < group.alpha <= 1
+    torch.testing.assert_close(rescaled(x), before)

@@ -426,3 +426,21 @@ def test_layers_that_the_rules_leave_out_are_not_named(rules):
 def test_a_rule_for_a_layer_without_a_quantized_class_is_refused():
     with pytest.raises(ValueError, match="'gru' matches no quantizable layer"):
         quantize_(with_unknown(), [ALL, QuantRule("gru", INT8_INPUT, INT8_WEIGHT)])
+
+
+def test_freezing_reaches_what_is_disabled():
+    model = quantize_(nn.Sequential(nn.Linear(4, 4)))
+    model[0].input_quantizer.disable()
+    freeze_(model)
+    model[0].input_quantizer.enable()
+    assert model[0].input_quantizer.frozen
+    model[0].input_quantizer.disable()
+    unfreeze_(model)
+    assert not model[0].input_quantizer.frozen
+
+
+def test_blocks_that_do_not_fit_a_recurrent_weight_are_refused_with_its_name():
+    model = nn.ModuleDict({"fc": nn.Linear(32, 32), "rnn": nn.LSTM(40, 8)})
+    with pytest.raises(ValueError, match=r"`rnn\.weight_ih_l0`: `block_size` is 32"):
+        quantize_(model, [QuantRule("*", None, QuantDescriptor(4, axis=0, block_size=32))])
+    assert [type(m) for m in model.values()] == [nn.Linear, nn.LSTM]

@@ -102,3 +102,18 @@ def test_it_is_exported_with_int8_weights(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "fits"), [(40, 64, True), (64, 40, False)])
+def test_blocks_lie_along_inputs(outputs, inputs, fits):
+    model = nn.Sequential(nn.Linear(inputs, inputs), Conv1D(outputs, inputs))
+    rules = [lq.QuantRule("1", None, lq.QuantDescriptor(4, axis=0, block_size=32))]
+    if not fits:
+        with pytest.raises(ValueError, match=r"`1\.weight`: `block_size` is 32, which does not divide .* \(64, 40\)"):
+            lq.quantize_(model, rules)
+        assert [type(m).__name__ for m in model] == ["Linear", "Conv1D"]
+        return
+    lq.quantize_(model, rules)
+    with lq.calibrating(model):
+        model(torch.randn(2, inputs))
+    assert model[1].weight_quantizer.amax.shape == (40, 2, 1)

@@ -55,7 +55,12 @@ class Calibrator(Metric):
         return bool(self.peak.isfinite().all())
 
     def collect(self, x: Tensor) -> None:
-        """Take the statistics of ``x``: any shape, a floating dtype, the same kept dimensions each time."""
+        """Take the statistics of ``x``: any shape, a floating dtype, the same kept dimensions each time.
+
+        Without values it is no data: an expert that no token came to still has none.
+        """
+        if not x.numel():
+            return
         if not torch.compiler.is_compiling():
             self.update(x)
             return

@@ -31,7 +31,8 @@ class HeldOutCalibrator(HistogramCalibrator):
         self.add_state("held_out", torch.zeros_like(self.counts), dist_reduce_fx="sum")
 
     def collect(self, x: Tensor) -> None:
-        self.update(x)  # counted, compiled too: the count says which batches are held out
+        if x.numel():
+            self.update(x)  # counted, compiled too: the count says which batches are held out
 
     def update(self, x: Tensor) -> None:
         """Count the magnitudes of ``x``."""

@@ -28,6 +28,11 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
 
     Weights from which a step is learned have none: their amax came from the weights themselves.
 
+    Raises:
+        ValueError: no calibrator saw data.
+        TypeError: a calibrator of another class than those of :mod:`lq.calib`.
+        ImportError: safetensors is not installed.
+
     Args:
         model: holds quantizers.
         path: a file, by custom ``.safetensors``; it is written whole or, on any error, not at all.
@@ -62,16 +67,20 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
         for state, value in calibrator.statistics().items()
         if isinstance(value, Tensor)
     }
-    about = {name: _described(calibrator) for name, calibrator in told.items()}
+    about = {name: _described(name, calibrator) for name, calibrator in told.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as file:
         save_file(tensors, file, {"calibrators": json.dumps(about)})
     return path
 
 
-def _described(calibrator: Calibrator) -> dict[str, Any]:
+def _described(name: str, calibrator: Calibrator) -> dict[str, Any]:
+    kinds = {cls: kind for kind, cls in KINDS.items()}
+    if type(calibrator) not in kinds:
+        known = ", ".join(cls.__name__ for cls in kinds)
+        raise TypeError(f"`{name}` has a {type(calibrator).__name__}, and statistics are kept of {known}: use one of those.")
     return {
-        "kind": next(kind for kind, cls in KINDS.items() if type(calibrator) is cls),
+        "kind": kinds[type(calibrator)],
         "num_bits": calibrator.num_bits,
         "axis": calibrator.axis,
         "unsigned": calibrator.unsigned,

@@ -30,7 +30,7 @@ def calibrate_weights(
 
     Raises:
         ValueError: no module has a weight quantizer, an unknown method, NaN or Inf in a weight, or an amax that is frozen,
-            learned or of blocks (named); then nothing has changed.
+            learned, affine, normalized or of blocks (named); then nothing has changed.
 
     >>> from lq.nn import QuantLinear
     >>> model = nn.Sequential(QuantLinear(2, 2))
@@ -46,8 +46,10 @@ def calibrate_weights(
             quantizer = module.quantizers()[role]
             if quantizer._disabled:
                 continue
-            if quantizer.frozen or quantizer.learned or quantizer.quant_desc.block_size is not None:
-                raise ValueError(f"The amax of `{name}.{role}` is frozen, learned or of blocks: `lq.calibrating` handles those.")
+            desc = quantizer.quant_desc
+            if quantizer.frozen or quantizer.learned or desc.affine or desc.normalize or desc.block_size is not None:
+                kinds = "frozen, learned, affine, normalized or of blocks"
+                raise ValueError(f"The amax of `{name}.{role}` is {kinds}: `lq.calibrating` handles those.")
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"NaN or Inf in `{name}.{role}`: its amax cannot be computed.")
             like = MaxCalibrator(quantizer.num_bits, axis, quantizer.unsigned)

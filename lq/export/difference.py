@@ -132,13 +132,13 @@ def _apart(expected: Tensor, actual: Tensor) -> Tensor:
 
 
 def least_cosine(expected: Tensor, actual: Tensor) -> float:
-    """The least cosine of a sample to its counterpart; 1 where both are zero, or there is none.
+    """The least cosine of a sample to its counterpart; 1 where both are zero, or there is none, -1 where it is NaN.
 
     >>> least_cosine(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
     0.7071067811865475
     """
     a, b = (_by_row(x).flatten(1).double() for x in (expected, actual))
-    cosines = torch.cosine_similarity(a, b, dim=1).masked_fill((a == b).all(dim=1), 1.0)
+    cosines = torch.cosine_similarity(a, b, dim=1).masked_fill((a == b).all(dim=1), 1.0).nan_to_num(nan=-1.0)
     return float(cosines.min()) if len(cosines) else 1.0
 
 

@@ -93,13 +93,15 @@ def reduce_amax(input: Tensor, axis: Axis = None, keepdims: bool = True) -> Tens
 
 
 def min_max(x: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of ``x``, and of zero, of the shape of amax.
+    """Smallest and largest value of ``x``, and of zero, of the shape of amax; 0 for an empty row.
 
     >>> min_max(torch.tensor([[1.0, 3.0], [-2.0, 5.0]]), 0)
     (tensor([[ 0.],
             [-2.]]), tensor([[3.],
             [5.]]))
     """
-    low, high = to_rows(x.detach(), axis).aminmax(dim=1)
-    shape = amax_shape(x, axis)
+    rows, shape = to_rows(x.detach(), axis), amax_shape(x, axis)
+    if not rows.shape[1]:
+        return rows.new_zeros(shape), rows.new_zeros(shape)
+    low, high = rows.aminmax(dim=1)
     return low.clamp_max(0).reshape(shape), high.clamp_min(0).reshape(shape)

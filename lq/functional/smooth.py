@@ -16,7 +16,7 @@ def smooth_factors(input_amax: Tensor, weight_amax: Tensor, alpha: float) -> Ten
     Args:
         input_amax: ``(channels,)``.
         weight_amax: ``(channels,)``.
-        alpha: migration strength in [0, 1]: 0 leaves activations, 1 moves all difficulty to the weights.
+        alpha: migration strength in [0, 1]: 0 moves all difficulty to the activations, 1 to the weights.
 
     Returns:
         float32 ``(channels,)``.

@@ -10,7 +10,7 @@ from lq.functional.checks import check_values
 from lq.functional.grid import Bits, scale_from_amax
 from lq.nn.clip import Clip
 from lq.nn.learned_range import LearnedRange
-from lq.nn.learned_step import LearnedStep
+from lq.nn.learned_step import LearnedStep, learnable
 
 
 class HeldRange(LearnedRange, LearnedStep):
@@ -48,6 +48,8 @@ class HeldRange(LearnedRange, LearnedStep):
     def _set(self, value: Tensor | float) -> None:
         amax = torch.as_tensor(value).detach().to(self.calibrator.device, torch.float32)
         check_values(amax)
+        if self.quant_desc.learn_amax and not self.quant_desc.affine:
+            amax = learnable(amax)
         present = self.amax
         if present is not None and present.shape != amax.shape:
             raise ValueError(f"`amax` has shape {tuple(amax.shape)}, but {tuple(present.shape)} is set: set None first.")

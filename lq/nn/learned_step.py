@@ -101,6 +101,18 @@ class LearnedStep:
         self._waiting = self._waiting and not loaded
 
 
+def learnable(amax: Tensor) -> Tensor:
+    """Where learning starts: an amax of 0 gives no gradient, so it begins at the mean of the others, or at 1.
+
+    Channels that were pruned have it, layers that start at zero, and inputs that calibration saw nothing but zeros of.
+
+    >>> learnable(torch.tensor([[0.0], [2.0], [4.0]])).tolist()
+    [[3.0], [2.0], [4.0]]
+    """
+    positive = amax[amax > 0]
+    return amax.where(amax > 0, positive.mean() if positive.numel() else 1.0)
+
+
 def _value(name: str, parameter: Tensor) -> Tensor:
     """What a parameter stands for, wherever an optimizer led it: amax is not negative, and the lower end not positive."""
     return parameter.abs() if name == "_amax" else parameter.clamp_max(0)

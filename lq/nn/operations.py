@@ -95,13 +95,14 @@ class QuantScaledDotProductAttention(Operation):
         q, k, v = self.q_quantizer(query), self.k_quantizer(key), self.v_quantizer(value)
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-        if is_causal:
-            attn_mask = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
         elif attn_mask is not None:
             scores = scores + attn_mask
+        if is_causal:
+            future = q.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
         probs = F.dropout(self.probs_quantizer(scores.softmax(-1)), dropout_p)
         y: Tensor = probs @ v
         return y

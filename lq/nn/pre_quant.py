@@ -46,7 +46,10 @@ class PreQuant:
         self._pre_quant_shift = self._own(value)
 
     def _own(self, value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().to(self.calibrator.device, torch.float32)
+        if value is None:
+            return None
+        with torch.inference_mode(False):  # nothing could be trained through a tensor made in inference mode
+            return value.detach().to(self.calibrator.device, torch.float32, copy=True)
 
     def arriving(self, inputs: Tensor) -> Tensor:
         """What is quantized of ``inputs``: multiplied and shifted."""

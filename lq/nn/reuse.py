@@ -57,7 +57,7 @@ class _Last:
 class LastResult(_Forgetful):
     """The last result of a quantizer that several layers share, until all of them have it, or its input is gone.
 
-    The layers of queries, keys and values take one tensor: it is quantized once, and its gradients are masked once.
+    The layers of queries, keys and values take one tensor: it is collected once, quantized once, and its gradients masked once.
 
     Args:
         layers: how many share the quantizer.
@@ -66,6 +66,8 @@ class LastResult(_Forgetful):
     def __init__(self, layers: int) -> None:
         self.layers = layers
         self._last: tuple[weakref.ref[Tensor], _Last] | None = None
+        # what came last to be collected, its version, and how many layers have yet to hand it over
+        self._seen: tuple[weakref.ref[Tensor], int | None, int] | None = None
 
     def _forgotten(self) -> tuple[Any, ...]:
         return (self.layers,)
@@ -77,6 +79,17 @@ class LastResult(_Forgetful):
         if last is None or last[0]() is not x or last[1].held is not held:
             return None
         return last[1].take() if last[1].key == self._key(x, held, key) else None
+
+    def is_new(self, x: Tensor) -> bool:
+        """Whether ``x`` has not been handed over by another of the layers: its statistics are taken once."""
+        version = None if x.is_inference() else x._version
+        if self._seen is not None:
+            seen, of_version, left = self._seen
+            if left and seen() is x and of_version == version:
+                self._seen = seen, version, left - 1
+                return False
+        self._seen = weakref.ref(x), version, self.layers - 1
+        return True
 
     def set(self, x: Tensor, result: Tensor, held: Tensor, key: tuple[Any, ...]) -> None:
         """Remember; but not for a leaf, of which there may be another backward when the graph behind the result is gone."""

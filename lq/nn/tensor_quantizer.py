@@ -184,7 +184,7 @@ class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Modul
         return inputs if block_size is None else split_blocks(inputs, block_size)
 
     def _process(self, inputs: Tensor) -> Tensor:
-        if self._if_calib:
+        if self._if_calib and (self._last is None or torch.compiler.is_compiling() or self._last.is_new(inputs)):
             # negative values are clipped behind a shift, and not refused
             self.calibrator.collect(self.normalized(inputs if self._pre_quant_shift is None else inputs.clamp_min(0)))
         quantizes = self.active
@@ -285,16 +285,27 @@ class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Modul
             return
         for name in BUFFERS:
             if (value := state_dict.get(prefix + name)) is not None:
+                state_dict[prefix + name] = value = value.float()  # as it is kept, where it is assigned and not copied, too
                 # an optimizer may lead what is learned below zero, where it stands for its magnitude
                 positive = value.abs() if isinstance(self.quant_desc.learn_amax, str) else value
                 if name == "_amax" and not bool(((positive >= 0) & value.isfinite()).all()):
                     # pytorch-quantization saves NaN for layers that saw no data
                     args[4].append(f"`{prefix}_amax` is negative or not finite: calibrate this layer, or delete the key.")
+                    return
                 if name not in ENDS:
-                    setattr(self, name, torch.empty_like(value, dtype=torch.float32, device=self.calibrator.device))
+                    setattr(self, name, torch.empty_like(value, device=self.calibrator.device))
         self._load_step(state_dict, prefix)
         self._fits = False
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Have the calibrator where amax is: assigned from a state dict it may have come to another device."""
+        amax = self.amax
+        if amax is not None and amax.device != self.calibrator.device:
+            # of what was built on `meta` there is nothing to move
+            fresh = make_calibrator(self.quant_desc) if self.calibrator.device.type == "meta" else self.calibrator
+            self.calibrator = fresh.to(amax.device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

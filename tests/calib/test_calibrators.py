@@ -8,7 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import lq
 from lq.calib import AffineCalibrator, HistogramCalibrator, MaxCalibrator
 from lq.functional.threshold import METHODS, Search, threshold
 
@@ -249,3 +251,53 @@ def test_an_unknown_method_is_refused(with_data):
     calibrator = collected(HistogramCalibrator(), data() if with_data else [])
     with pytest.raises(ValueError, match="'median'"):
         calibrator.compute_amax("median")
+
+
+class Experts(nn.Module):
+    """A mixture that calls each expert with the tokens it is chosen for, which may be none."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        chosen = x[:, 0] > 0
+        y = torch.empty_like(x)
+        y[chosen], y[~chosen] = self.up(x[chosen]), self.down(x[~chosen])
+        return y
+
+
+@pytest.mark.parametrize("method", ["max", "mse", "auto"])
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_batch_without_values_is_no_data(method, affine):
+    if affine and method == "auto":
+        pytest.skip("affine ranges have no such method")
+    desc = lq.QuantDescriptor(affine=affine)
+    model = lq.quantize_(Experts(), [lq.QuantRule("*", desc, lq.QuantDescriptor(axis=0))])
+    positive = torch.rand(16, 4) + 0.1
+
+    def calibrate_on_positive_ones():
+        with lq.calibrating(model, method=method):
+            for _ in range(8):
+                model(positive)
+
+    with pytest.raises(ValueError, match=r"saw no calibration data: down\.input\."):
+        calibrate_on_positive_ones()
+    alone, mixed = (copy.deepcopy(model) for _ in range(2))
+    with lq.calibrating(alone, method=method):
+        for i in range(8):
+            alone(positive + i)
+            alone(-positive - i)
+    with lq.calibrating(mixed, method=method):
+        for i in range(8):
+            mixed(torch.cat([positive + i, -positive - i]))
+    # each expert saw the same, with batches of no tokens in between or without
+    for name in ("up", "down"):
+        found, expected = (getattr(m, name).input_quantizer for m in (alone, mixed))
+        assert torch.equal(found.amax, expected.amax)
+        assert found.calibrator.update_count == expected.calibrator.update_count
+
+
+def test_without_values_a_dynamic_range_is_zero():
+    for desc in (lq.QuantDescriptor(affine=True), lq.QuantDescriptor(affine=True, axis=1), lq.QuantDescriptor()):
+        assert lq.TensorQuantizer(desc)(torch.zeros(0, 4)).shape == (0, 4)

@@ -70,6 +70,17 @@ def test_the_choice_has_the_least_error_on_the_data_held_out(num_bits, unsigned)
     assert amax == calibrator.compute_amax(calibrator.method, start_bin=16)
 
 
+@pytest.mark.parametrize("num_bits", [2, 3])
+def test_the_choice_has_the_least_error_on_a_grid_that_ends_below_amax(num_bits):
+    qmax = 2 ** (num_bits - 1) - 1
+    options = {"start_bin": 16, "power_of_two": True, "scale_amax": qmax / (qmax + 1)}
+    calibrator = collected(HeldOutCalibrator(num_bits), batches(8))
+    amax = calibrator.compute_amax("auto", **options).item()
+    unseen = torch.cat([batches(8)[i] for i in (1, 5)]).numpy()
+    errors = {t: error(unseen, options["scale_amax"] * t, num_bits) for t in (amax / 2, amax, 2 * amax)}
+    assert min(errors, key=errors.get) == amax
+
+
 def test_outliers_that_come_again_are_kept_and_others_are_not():
     data, spike = batches(8), torch.full((200,), 30.0)
     again = [torch.cat([x, spike]) for x in data]

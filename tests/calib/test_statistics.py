@@ -92,3 +92,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path, calibrated):
     save_file({"a": torch.ones(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="none that `save_statistics` wrote"):
         load_statistics(other, tmp_path / "weights")
+
+
+def test_a_calibrator_of_another_class_is_named_and_nothing_written(tmp_path):
+    class Mine(HistogramCalibrator):
+        pass
+
+    model = lq.quantize_(nn.Sequential(nn.Linear(4, 4)))
+    model[0].input_quantizer.calibrator = Mine()
+    model[0].input_quantizer.collect(torch.ones(4))
+    with pytest.raises(TypeError, match=r"`0\.input` has a Mine, and statistics are kept of AffineCalibrator, MaxCalibrator"):
+        save_statistics(model, tmp_path / "statistics.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def test_what_it_refuses_it_has_not_touched(model):
         calibrate_weights(model, "median", perchannel=False)
     model[3].weight_quantizer.amax = 1.0
     model[3].weight_quantizer.frozen = True
-    with pytest.raises(ValueError, match=r"The amax of `3.weight` is frozen, learned or of blocks"):
+    with pytest.raises(ValueError, match=r"The amax of `3.weight` is frozen, learned, affine, normalized or of blocks"):
         calibrate_weights(model, perchannel=False)
     assert [model[i].weight_quantizer.quant_desc for i in (0, 1, 3)] == before
     assert model[0].weight_quantizer.amax is None
@@ -82,7 +82,7 @@ def test_blocks_and_learned_ranges_are_left_to_calibration():
     blocks = nn.Sequential(QuantLinear(8, 2, quant_desc_weight=QuantDescriptor(num_bits=4, axis=0, block_size=4)))
     learned = nn.Sequential(QuantLinear(8, 2, quant_desc_weight=QuantDescriptor(amax=1.0, learn_amax=True)))
     for model in (blocks, learned):
-        with pytest.raises(ValueError, match=r"The amax of `0.weight` is frozen, learned or of blocks"):
+        with pytest.raises(ValueError, match=r"The amax of `0.weight` is frozen, learned, affine, normalized or of blocks"):
             calibrate_weights(model)
 
 
@@ -98,3 +98,13 @@ def test_many_channels_are_looked_at_in_parts(model, monkeypatch):
     monkeypatch.setattr("lq.calib.weights.ROWS", 3)
     calibrate_weights(model, "mse")
     assert all(torch.equal(model[i].weight_quantizer.amax, amax) for i, amax in zip((0, 1, 3), whole, strict=True))
+
+
+@pytest.mark.parametrize("kind", [{"affine": True}, {"normalize": True, "num_bits": 4, "axis": 0}])
+def test_ranges_of_another_kind_are_refused_before_anything_changes(kind):
+    model = nn.Sequential(QuantLinear(4, 4), QuantLinear(4, 4, quant_desc_weight=QuantDescriptor(**kind)))
+    before = [q.quant_desc for q in (model[0].weight_quantizer, model[1].weight_quantizer)]
+    with pytest.raises(ValueError, match=r"The amax of `1\.weight` is frozen, learned, affine, normalized or of blocks"):
+        calibrate_weights(model, perchannel=False)
+    assert [q.quant_desc for q in (model[0].weight_quantizer, model[1].weight_quantizer)] == before
+    assert model[0].weight_quantizer.amax is None

@@ -35,6 +35,12 @@ def test_embeddings_agree_by_their_cosine_and_their_length_does_not_count():
     assert found.figures() == {"least_cosine": pytest.approx(0.5**0.5)}
 
 
+def test_the_least_cosine_of_a_graph_that_gives_nan_is_none_to_be_content_with():
+    totals = Totals()
+    totals.add("onnxruntime", [torch.randn(4, 3)], (torch.full((4, 3), float("nan")),))
+    assert totals.result("onnxruntime", ("y",), [0.1]).least_cosine == -1
+
+
 def test_the_least_cosine_is_that_of_all_batches():
     totals = Totals()
     for actual in (ACTUAL, EXPECTED):

@@ -197,3 +197,29 @@ def test_what_has_no_steps_to_learn_is_refused(fields):
 def test_an_unknown_way_to_learn_is_refused():
     with pytest.raises(ValueError, match="choose one of lsq, pact"):
         QuantDescriptor(learn_amax="lqs")
+
+
+@pytest.mark.parametrize("learn", ["lsq", "pact", True])
+def test_a_step_that_starts_from_zeros_is_learned(learn):
+    """Adapters and other layers that begin at zero, channels that were pruned: 0 would have no gradient, and stay."""
+    quantizer = TensorQuantizer(QuantDescriptor(4, axis=0, learn_amax=learn))
+    with torch.no_grad():
+        quantizer.amax = torch.tensor([[0.0], [2.0], [4.0]])
+    assert quantizer.amax.tolist() == [[3.0], [2.0], [4.0]]
+    torch.manual_seed(0)
+    desc = QuantDescriptor(4, learn_amax=learn)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
+    nn.init.zeros_(model[2].weight)
+    lq.quantize_(model, [lq.QuantRule("*", desc, desc.replace(axis=0))])
+    x = torch.randn(64, 4)
+    wanted = x.sum(dim=1, keepdim=True).abs()
+    with lq.calibrating(model):
+        model(x)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 0.02), []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), wanted)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.1 * losses[0]

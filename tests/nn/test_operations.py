@@ -97,3 +97,14 @@ def test_a_model_that_quantizes_operations_alone_is_quantized():
     assert not lq.surgery.has_quantized_layers(Block(DESC))
     twin = copy.deepcopy(model)
     assert repr(twin) == repr(model)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.tensor([[True, True, True], [False, True, True], [True, False, True]]), torch.randn(3, 3)]
+)
+def test_a_mask_beside_is_causal_counts_too(mask):
+    q = torch.randn(1, 2, 3, 4)
+    attention = QuantScaledDotProductAttention(quant_desc_input=QuantDescriptor(num_bits=16))
+    found, causal = attention(q, q, q, mask, is_causal=True), torch.ones(3, 3, dtype=torch.bool).tril()
+    both = mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -torch.inf)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, q, q, both), rtol=0, atol=1e-3)

@@ -286,3 +286,47 @@ def test_copies_begin_with_nothing(shared):
         assert not torch.equal(other(x), expected)
     assert torch.equal(model(x), expected)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_one_input_of_three_layers_is_collected_once(shared, mode):
+    model, x = shared
+    batches = [torch.randn(4, 5, 8) for _ in range(4)]
+    with mode(), lq.calibrating(model, method="auto"):
+        for batch in batches:
+            model(batch)
+        # once more the same, as data that is gone over twice
+        model(batches[-1])
+        model(batches[-1])
+    calibrator = model.q.input_quantizer.calibrator
+    assert calibrator.update_count == 6
+    assert int(calibrator.counts.sum()) == 6 * x.numel()
+    # the second of every four is apart, and so is no copy of another
+    assert int(calibrator.split()[1].sum()) == 2 * x.numel()
+    alone = lq.calib.HeldOutCalibrator()
+    with torch.no_grad():
+        for batch in [*batches, batches[-1], batches[-1]]:
+            alone.collect(model.norm(batch))
+    assert torch.equal(model.q.input_quantizer.amax, alone.compute_amax("auto"))
+
+
+def test_what_is_fed_again_itself_is_collected_again():
+    """An input of the model, and no value in it: the same object in every run."""
+
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.q(x) * self.k(x)
+
+    x = torch.randn(4, 8)
+    model = lq.quantize_(Twins(), target="tensorrt", args=x)
+    with lq.calibrating(model, method="mse"):
+        for _ in range(3):
+            model(x)
+        x.mul_(2)
+        model(x)
+    assert model.q.input_quantizer is model.k.input_quantizer
+    assert model.q.input_quantizer.calibrator.update_count == 4

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import lq
 from lq.calib import HistogramCalibrator, MaxCalibrator
 from lq.descriptor import QuantDescriptor
 from lq.functional.amax import compute_amax
@@ -591,7 +592,12 @@ def test_a_learned_range_of_pytorch_quantization_loads(amax, unsigned):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
 def test_a_bad_amax_in_a_state_dict_is_named(bad):
-    model = torch.nn.ModuleDict({"conv": TensorQuantizer()})
+    model = torch.nn.ModuleDict({"conv": TensorQuantizer(), "set": TensorQuantizer()})
+    model["set"].amax = 2.0
+    with pytest.raises(RuntimeError, match=r"`set\._amax` is negative or not finite: calibrate this layer"):
+        model.load_state_dict({"set._amax": torch.tensor(bad)})
+    assert model["set"].amax == 2
+    del model["set"]
     with pytest.raises(RuntimeError, match=r"`conv\._amax` is negative or not finite: calibrate this layer"):
         model.load_state_dict({"conv._amax": torch.tensor(bad)})
 
@@ -631,3 +637,36 @@ def test_codes_that_half_precision_cannot_hold_are_refused(dtype):
     quantizer = TensorQuantizer(QuantDescriptor(num_bits=13, fake_quant=False, amax=1.0))
     with pytest.raises(ValueError, match=r"`num_bits` is 13, and torch.*float16 has no room for the code 4095"):
         quantizer(torch.ones(2, dtype=dtype))
+
+
+def test_a_state_dict_that_is_assigned():
+    model = lq.quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    with lq.calibrating(model):
+        model(torch.randn(8, 4))
+    state = model.state_dict()
+    with torch.device("meta"):
+        built = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    lq.quantize_(built).load_state_dict(state, assign=True)
+    x = torch.randn(2, 4)
+    assert torch.equal(built(x), model(x))
+    with lq.calibrating(built):
+        built(x)
+    assert built[0].input_quantizer.amax == x.abs().max()
+    half = {name: value.half() for name, value in state.items()}
+    built.load_state_dict(half, assign=True)
+    assert built[0].weight.dtype == torch.float16
+    assert built[0].input_quantizer.amax.dtype == torch.float32
+    assert half["0.input_quantizer._amax"].dtype == torch.float16
+
+
+def test_a_factor_on_the_input_is_its_own():
+    factor = torch.full((4,), 2.0)
+    quantizer = TensorQuantizer()
+    quantizer.pre_quant_scale = factor
+    factor.zero_()
+    assert quantizer.pre_quant_scale.tolist() == [2] * 4
+    with torch.inference_mode():
+        quantizer.pre_quant_scale = torch.full((4,), 3.0)
+    x = torch.ones(4, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad.tolist() == [3] * 4
