@@ -53,7 +53,7 @@ def to_steps(value: Length | None, total: float, name: str, per_epoch: float = m
         if not found:
             raise ValueError(f"`{name}` is {value!r}: give steps (50), a share of all steps (0.1), or epochs ('2 epochs').")
         if math.isinf(per_epoch):
-            raise ValueError(f"`{name}` is {value!r}, and epochs have no known length here: give steps.")
+            raise ValueError(f"`{name}` is {value!r}, and epochs have no known length here, or not all the same: give steps.")
         return round(float(found[1]) * per_epoch)
     if isinstance(value, float):
         if not 0 <= value <= 1:

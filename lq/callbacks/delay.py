@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lq.callbacks.adding import add_to_loss_
-from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
+from lq.callbacks.steps import in_steps, step_of
 from lq.nn import TensorQuantizer
 from lq.nn.reuse import weight_quantizers
 from lq.schedule import Length, to_steps
@@ -39,9 +39,7 @@ class QuantDelay(Callback):
         self._off: list[TensorQuantizer] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
-        inputs, weights = (to_steps(getattr(self, name), total, name, per_epoch) or 0 for name in ("inputs", "weights"))
-        self._until = (inputs, weights)
+        self._until = (in_steps(trainer, self.inputs, "inputs") or 0, in_steps(trainer, self.weights, "weights") or 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         inputs, weights = (step_of(trainer) < until for until in self._until)
@@ -68,6 +66,10 @@ class QuantDelay(Callback):
         return [parameter for parameters in learned for parameter in parameters if parameter.requires_grad]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._let_go()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a module that ends its epoch in `on_train_batch_start` leaves out the end of the batch
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

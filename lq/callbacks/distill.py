@@ -32,7 +32,7 @@ from lq.callbacks.teacher import (
 from lq.functional.distill import relative_error, soft_targets_loss
 from lq.functional.fake_quant import widened
 from lq.nn.evaluating import evaluating
-from lq.surgery import has_quantized_layers, named_quantizers, unquantized
+from lq.surgery import dequantize_, has_quantized_layers, named_quantizers, unquantized
 
 # Precisions of a teacher.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -63,7 +63,7 @@ class Distill(Callback):
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: no ``forward``, and no ``layers``; a pattern that matches nothing; an output without logits;
-            a step that does not call the module; a module that is quantized or compiled already; a checkpoint with another
+            a step that does not call the module; a module that is calibrated or compiled already; a checkpoint with another
             teacher.
     """
 
@@ -114,14 +114,7 @@ class Distill(Callback):
             )
         self._names = matching(self.layers or (), pl_module)
         if self._student is not pl_module:
-            if has_quantized_layers(pl_module):
-                raise MisconfigurationException(
-                    f"{kind} is quantized already, and no float model is left: put Distill before Quantize, in the first fit."
-                )
-            # Lightning leaves the trainer out of a copy
-            self.teacher, self._student = copy.deepcopy(pl_module).eval().requires_grad_(False), pl_module
-            for _, quantizer in named_quantizers(self.teacher):
-                quantizer.disable_quant()
+            self.teacher, self._student = _float_copy(pl_module).eval().requires_grad_(False), pl_module
             self._fingerprint, self._fresh = fingerprint(self.teacher), True
         self._shared = self._logged = None
         if trainer.strategy.broadcast(self._fingerprint) != self._fingerprint:
@@ -241,3 +234,20 @@ class Distill(Callback):
             raise MisconfigurationException(
                 "The checkpoint was trained with another teacher: give the module its float weights before `fit(ckpt_path=...)`."
             )
+
+
+def _float_copy(pl_module: LightningModule) -> LightningModule:
+    """A copy without quantizers, out of which Lightning leaves the trainer."""
+    quantized = has_quantized_layers(pl_module)
+    # those that a validation or a test before the fit placed are not calibrated yet
+    if quantized and all(quantizer.amax is not None for _, quantizer in named_quantizers(pl_module)):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} is quantized already, and no float model is left: put Distill before Quantize, in the "
+            "first fit."
+        )
+    twin = copy.deepcopy(pl_module)
+    if quantized:
+        dequantize_(twin)
+    for _, quantizer in named_quantizers(twin):
+        quantizer.disable_quant()
+    return twin

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lq.calib import Calibrator
 from lq.nn.evaluating import evaluating
-from lq.nn.example import Example, example_inputs, on_device_of
+from lq.nn.example import Example, example_inputs
 
 REMEDY = "Override `Quantize.calibration_step(pl_module, batch)` and run the model on the batch there."
 
@@ -96,7 +96,8 @@ def _remedied(what: str) -> Iterator[None]:
     """Say what to do about errors that come of a batch in a form that the model does not expect."""
     try:
         yield
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    # a wrong number of elements to unpack is a ValueError; calibration has its own when all batches are through
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise MisconfigurationException(f"{what}: {type(error).__name__}: {error}. {REMEDY}") from error
 
 
@@ -168,7 +169,7 @@ def example_of(trainer: Trainer, pl_module: LightningModule, step: Callable[[Lig
     with untouched_data(loop._data_source.dataloader()) as loaders:
         for batch, _, _ in CombinedLoader(loaders, "max_size_cycle" if trainer.training else "sequential"):
             with evaluating(pl_module):
-                return _first_inputs(pl_module, step, on_device_of(pl_module, batch))
+                return _first_inputs(pl_module, step, transferred(pl_module, batch))
     raise MisconfigurationException("The dataloader gave no batch.")
 
 
@@ -185,12 +186,18 @@ def _first_inputs(pl_module: LightningModule, step: Callable[[LightningModule, A
     return found[0]
 
 
+def transferred(pl_module: LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+    """A batch as the steps of a module get it, which a Trainer is attached to: behind the hooks of it, or of its DataModule, that
+    move batches to its device.
+    """
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx)
+    return pl_module._apply_batch_transfer_handler(batch, dataloader_idx=dataloader_idx)
+
+
 def train_batches(trainer: Trainer, pl_module: LightningModule, loaders: Any, limit: int) -> Iterator[Any]:
     """The first batches of the train loaders, on the module's device and as its training step would get them."""
     # the fit's own way to combine several loaders
     mode: Any = getattr(trainer.fit_loop._combined_loader, "_mode", "max_size_cycle")
     batches = iter(CombinedLoader(loaders, mode))
     for batch, _, _ in itertools.islice(batches, int(min(limit, trainer.num_training_batches))):
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield transferred(pl_module, trainer.precision_plugin.convert_input(batch))

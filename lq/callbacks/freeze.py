@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lq.calib import gather
 from lq.calibration import load_calib_amax_, merge_statistics_, observe_, stop_observing_
 from lq.callbacks.building import refuse_swa
-from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
+from lq.callbacks.steps import in_steps, step_of
 from lq.methods import Method, check_options
 from lq.nn import TensorQuantizer
 from lq.schedule import Length, is_observing, is_refresh, to_steps
@@ -77,9 +77,8 @@ class ScaleFreeze(Callback):
             refuse_swa(trainer, "estimates BatchNorm statistics anew at the end, which ScaleFreeze has frozen by then")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
-        self._every = to_steps(self.refresh_every, total, "refresh_every", per_epoch)
-        self._freeze = to_steps(self.freeze_after, total, "freeze_after", per_epoch)
+        self._every = in_steps(trainer, self.refresh_every, "refresh_every")
+        self._freeze = in_steps(trainer, self.freeze_after, "freeze_after")
         restored, self._restored = self._restored, []
         self._observed = len(restored) == trainer.world_size
         if self._observed:
@@ -111,6 +110,11 @@ class ScaleFreeze(Callback):
             # a layer that the model did not call lately keeps its amax
             load_calib_amax_(pl_module, self.method, momentum=self.momentum, strict=False, **self.method_options)
             self._observed = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a module that ends its epoch in `on_train_batch_start` leaves out the end of the batch
+        if self._observed:
+            stop_observing_(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go(pl_module)

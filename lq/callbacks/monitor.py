@@ -83,12 +83,19 @@ class QuantMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({key: v for key, v in values.items() if math.isfinite(v)}, step=trainer.global_step)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # a module that ends its epoch in `on_train_batch_start` leaves out the end of the batch
+        self._let_go()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 log_stages(logger, trainer.callbacks, trainer.global_step)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._stats = None
         self._stack.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
+from lq.callbacks.steps import in_steps, step_of, total_steps
 from lq.oscillation import Oscillations, damp_
 from lq.schedule import Length, cosine_ramp, to_steps
 
@@ -60,7 +60,7 @@ class SettleWeights(Callback):
         self._total = total_steps(trainer)
         if math.isinf(self._total):
             raise MisconfigurationException("SettleWeights needs an end, and the fit has none: set `max_epochs` or `max_steps`.")
-        self._start = to_steps(self.after, self._total, "after", steps_per_epoch(trainer)) or 0
+        self._start = in_steps(trainer, self.after, "after") or 0
         self._step = step_of(trainer)
         if restored:
             self._oscillations = Oscillations(pl_module, self.momentum)

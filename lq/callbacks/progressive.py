@@ -11,7 +11,7 @@ from lq.callbacks.building import all_callbacks
 from lq.callbacks.feeding import feed, train_batches, untouched_data
 from lq.callbacks.oscillation import SettleWeights
 from lq.callbacks.quantize import Quantize
-from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
+from lq.callbacks.steps import in_steps, step_of, total_steps
 from lq.progressive import changing_widths, set_widths_, widths_of
 from lq.schedule import Length, to_steps
 
@@ -73,19 +73,20 @@ class ProgressiveBits(Callback):
         set_widths_(pl_module, self._widths(self._width))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total, per_epoch = total_steps(trainer), steps_per_epoch(trainer)
-        starts = [to_steps(start, total, "bits", per_epoch) or 0 for start in self.bits]
+        if not self.bits:
+            return
+        total, starts = total_steps(trainer), [in_steps(trainer, start, "bits") or 0 for start in self.bits]
         if sorted(starts) != starts:
             raise MisconfigurationException(f"`bits` is {self.bits}, which are the steps {starts}: give them in their order.")
-        if starts and starts[-1] >= total:
+        if starts[-1] >= total:
             raise MisconfigurationException(
                 f"The last stage of `bits`, {self.bits}, begins at step {starts[-1]}, and the fit has {total:g}: it would end "
                 "with more bits than the descriptors say."
             )
         self._stages = list(zip(starts, self.bits.values(), strict=True))
         for callback in all_callbacks(trainer):
-            if starts and isinstance(callback, SettleWeights) and callback.freeze is not None:
-                after = to_steps(callback.after, total, "after", per_epoch) or 0
+            if isinstance(callback, SettleWeights) and callback.freeze is not None:
+                after = in_steps(trainer, callback.after, "after") or 0
                 if after < starts[-1]:
                     raise MisconfigurationException(
                         f"SettleWeights freezes codes from step {after} on, and the last stage of `bits` begins at {starts[-1]}: "

@@ -83,7 +83,7 @@ class Quantize(KeepsWeights):
     Raises:
         ValueError: an argument out of range; rules that do not fit the module; bad calibration data.
         MisconfigurationException: ``learn_amax`` without an ``amax`` to start from; no calibration batch, or one that the
-            module's ``forward`` does not take.
+            module's ``forward`` does not take; the checkpoint of a float fit as ``ckpt_path``.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class Quantize(KeepsWeights):
         self.validate_stages, self.dirpath = stages, dirpath
         self.keep_best, self.monitor, self.mode = keep_best, monitor, mode
         self.fine_tune, self.recompute = fine_tune, recompute
+        self._fitting = False
         self._best: Best | None = None
         self._restored: dict[str, Any] = {}
         self.corrections = list(corrections)
@@ -143,17 +144,19 @@ class Quantize(KeepsWeights):
         feed(pl_module, batch)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._fitting = stage == "fit"
         check_strategy(trainer)
         build(trainer, pl_module)
         if has_quantized_layers(pl_module):
             self._check_rules(pl_module)
         else:
             place_(trainer, pl_module, self.rules, self.target, self.calibration_step)
+        if self._fitting:
             add_biases_(pl_module, self.corrections)
         if self.recompute:
             recompute_(pl_module)
         await_learned_(pl_module)
-        if stage == "fit":
+        if self._fitting:
             begin_averages_(trainer, pl_module)
 
     def _check_rules(self, pl_module: LightningModule) -> None:
@@ -266,10 +269,20 @@ class Quantize(KeepsWeights):
             checkpoint[BEST] = self._best.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._refuse_float(trainer, checkpoint)
         agreed(checkpoint.get(RULES), self.rules, "`ckpt_path`")
         if PLACEMENT in checkpoint:
             separate_as_placed_(pl_module, checkpoint[PLACEMENT]["shared"])
-        self._restored = checkpoint.get(BEST, {})
+        # a test of the best checkpoint begins nothing anew
+        self._restored = checkpoint.get(BEST, {}) if self._fitting else {}
+
+    def _refuse_float(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        step = checkpoint.get("global_step")
+        if self._fitting and step and not any("_quantizer." in name for name in checkpoint["state_dict"]):
+            raise MisconfigurationException(
+                f"`ckpt_path` {trainer.ckpt_path} is of a float fit, whose clock stands at step {step}: load its weights into "
+                "the module before (`load_from_checkpoint`), and leave `ckpt_path` out."
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
@@ -327,10 +340,11 @@ class Quantize(KeepsWeights):
     def _validate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.validate_stages:
             return
-        if metrics := validate_stage(trainer):
+        metrics = validate_stage(trainer)
+        if self._best is not None and stage not in ("float", "kept"):
+            self._best.offer(trainer, pl_module, stage, metrics)
+        if metrics:
             self.stages[stage] = metrics
-            if self._best is not None and stage not in ("float", "kept"):
-                self._best.offer(trainer, pl_module, stage, metrics)
             rank_zero_info(f"{stage}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             for logger in trainer.loggers:
                 logger.log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
@@ -339,4 +353,6 @@ class Quantize(KeepsWeights):
         return {"stages": self.stages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.stages = state_dict["stages"]
+        # a checkpoint of this fit that is tested afterwards knows less than is known here
+        if self._fitting or not self.stages:
+            self.stages = state_dict["stages"]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lq import checkpoint
 from lq.callbacks.building import refuse_swa
-from lq.callbacks.steps import step_of, steps_per_epoch, total_steps
+from lq.callbacks.steps import in_steps, step_of, total_steps
 from lq.schedule import Length, cosine_factor, to_steps
 
 
@@ -25,8 +25,8 @@ class QATSchedule(Callback):
     Put a ``LearningRateMonitor`` behind this callback, so that it sees the rate that is used.
 
     Args:
-        lr_factor: the learning rate to start with, in units of the one that ``configure_optimizers`` set; ``None`` leaves rates
-            alone.
+        lr_factor: the learning rate to start with, in units of the one that ``configure_optimizers`` set, or the highest that a
+            scheduler of the module's would come to (:func:`lq.checkpoint.highest_lr`); ``None`` leaves rates alone.
         final: learning rate to end with, as a share of the first.
         warmup: length of a linear warm-up: steps, as a float a share of all steps, or ``"1 epoch"``.
         original: Lightning checkpoint of the float model: the original rates are those that it was trained with
@@ -47,7 +47,7 @@ class QATSchedule(Callback):
         to_steps(warmup, 1, "warmup", 1)
         self.lr_factor, self.final, self.warmup = lr_factor, final, warmup
         self.original = None if original is None else checkpoint.original(original)
-        self._total = 0
+        self._total = self._warmup = 0
         self._initial: list[list[float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -59,7 +59,7 @@ class QATSchedule(Callback):
         if self.lr_factor is None:
             return
         # optimizer states are not restored yet, so these are the rates of `configure_optimizers` on resume too
-        self._initial = [[g.get("initial_lr", g["lr"]) for g in o.param_groups] for o in trainer.optimizers]
+        self._initial = [[checkpoint.highest_lr(g) for g in o.param_groups] for o in trainer.optimizers]
         if self.original is not None:
             self._initial = self._originals(self.original.lrs)
         if trainer.lr_scheduler_configs:
@@ -76,20 +76,21 @@ class QATSchedule(Callback):
         return [list(rates) for rates in found]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.lr_factor is None:
+            return
         # not before: whoever asks earlier has Lightning start the loaders before a checkpoint has put them in their place
         total = total_steps(trainer)
-        if self.lr_factor is not None and math.isinf(total):
+        if math.isinf(total):
             raise MisconfigurationException(
                 "A cosine needs an end, and the fit has none: set `max_epochs` (`max_steps`, if the train loader has no length), "
                 "or `QATSchedule(lr_factor=None)`."
             )
-        self._total = int(total) if self.lr_factor is not None else 0
+        self._total, self._warmup = int(total), in_steps(trainer, self.warmup, "warmup") or 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.lr_factor is None:
             return
-        warmup = to_steps(self.warmup, self._total, "warmup", steps_per_epoch(trainer)) or 0
-        factor = self.lr_factor * cosine_factor(step_of(trainer), self._total, final=self.final, warmup=warmup)
+        factor = self.lr_factor * cosine_factor(step_of(trainer), self._total, final=self.final, warmup=self._warmup)
         for optimizer, rates in zip(trainer.optimizers, self._initial, strict=True):
             # groups that came later (layers that a fine-tuning callback unfroze) start from the rate they came with
             rates += [group["lr"] for group in optimizer.param_groups[len(rates) :]]

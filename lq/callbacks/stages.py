@@ -1,5 +1,9 @@
 """The metrics of a stage (float, calibrated, rescaled, qat), from the user's own validation loop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -20,7 +24,7 @@ def validate_stage(trainer: Trainer) -> dict[str, float]:
     try:
         connector.reset_results()
         connector.reset_metrics()
-        with isolate_rng():
+        with isolate_rng(), _of_every_loader(connector):
             loop.run()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         connector.reset_results()
@@ -31,3 +35,18 @@ def validate_stage(trainer: Trainer) -> dict[str, float]:
         # what the fit has logged so far is still there for those who read `trainer.callback_metrics`
         vars(connector).update(kept)
     return metrics
+
+
+@contextmanager
+def _of_every_loader(connector: Any) -> Iterator[None]:
+    """Metrics that belong to one of several loaders count in the block too: Lightning leaves them out of a sanity check."""
+
+    def update() -> dict[str, Any]:
+        connector._callback_metrics.update(connector.metrics["callback"])
+        return {}
+
+    connector.update_eval_epoch_metrics = update
+    try:
+        yield
+    finally:
+        del connector.update_eval_epoch_metrics

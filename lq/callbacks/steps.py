@@ -6,7 +6,11 @@ Lightning counts every ``step()`` of every optimizer then: as many in a batch as
 import math
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lq.schedule import Length, to_steps
 
 
 def by_hand(trainer: Trainer) -> bool:
@@ -20,17 +24,44 @@ def step_of(trainer: Trainer) -> int:
     return int(batches.processed) if by_hand(trainer) else trainer.global_step
 
 
+def in_steps(trainer: Trainer, length: Length | None, name: str) -> int | None:
+    """A length as steps of this fit, for :func:`lq.schedule.to_steps`; ``name`` is that of the option, for errors."""
+    # only a share asks how many there are
+    total = total_steps(trainer) if isinstance(length, float) else math.inf
+    return to_steps(length, total, name, steps_per_epoch(trainer))
+
+
 def total_steps(trainer: Trainer) -> float:
-    """Steps of the fit; infinite if it has no end, or its train loader no length and ``max_steps`` is not set."""
-    steps = float(trainer.estimated_stepping_batches)
-    if by_hand(trainer):
-        epochs = trainer.max_epochs
-        return math.inf if epochs in (None, -1) else float(epochs) * trainer.num_training_batches
-    # Lightning hands on `max_steps=-1` where the loader has no length
-    return steps if steps >= 0 else math.inf
+    """Steps of the fit; infinite if it has no end, or its train loader no length and ``max_steps`` is not set.
+
+    Raises:
+        MisconfigurationException: ``max_steps`` where several optimizers are stepped by hand, which does not say how many batches
+            there will be.
+    """
+    most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if by_hand(trainer) and len(trainer.optimizers) > 1 and not math.isinf(most):
+        raise MisconfigurationException(
+            f"`max_steps` is {most}, and counts the steps of {len(trainer.optimizers)} optimizers that the module steps by hand, "
+            "not batches: set `max_epochs`, and `limit_train_batches` if need be, and leave `max_steps` out."
+        )
+    if trainer.max_epochs in (None, -1):
+        return most
+    # Lightning's `estimated_stepping_batches` knows no scheduler of the accumulation, and no optimization by hand
+    return min(most, sum(_steps_of(trainer, epoch) for epoch in range(trainer.max_epochs)))
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """Steps of an epoch; infinite if the train loader has no length."""
+    """Steps of each epoch; infinite if the train loader has no length, or epochs differ in theirs."""
+    lengths = {_steps_of(trainer, epoch) for epoch in _accumulation(trainer).epochs}
+    return lengths.pop() if len(lengths) == 1 else math.inf
+
+
+def _steps_of(trainer: Trainer, epoch: int) -> float:
     batches = trainer.num_training_batches
-    return batches if math.isinf(batches) or by_hand(trainer) else math.ceil(batches / trainer.accumulate_grad_batches)
+    return batches if math.isinf(batches) else math.ceil(batches / _accumulation(trainer).get_accumulate_grad_batches(epoch))
+
+
+def _accumulation(trainer: Trainer) -> GradientAccumulationScheduler:
+    """How many batches make a step, by epoch: the Trainer itself knows what a scheduler says only when the epoch has started."""
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    return schedulers[0] if schedulers else GradientAccumulationScheduler({0: trainer.accumulate_grad_batches})

@@ -1,6 +1,7 @@
 """The best model is kept, and loads without a Trainer."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,29 @@ def test_a_good_end_stays(tmp_path):
 def test_without_keep_best_the_end_is_what_the_fit_gave(tmp_path):
     model, quantize, run = fit(tmp_path, Spoil(), quantize=Quantize())
     assert val_loss(run, model) == pytest.approx(quantize.stages["qat"]["val_loss"])
+
+
+def test_the_metric_may_be_that_of_one_of_several_loaders(tmp_path):
+    class Several(Tiny):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    monitor = "val_loss/dataloader_idx_1"
+    quantize, model = Quantize(keep_best=True, monitor=monitor, mode="min"), Several()
+    trainer(tmp_path, quantize, Spoil()).fit(model, loader(), [loader(batch_size=16), loader()])
+    assert quantize.kept in ("calibrated", "rescaled")
+    assert quantize.stages["kept"][monitor] == quantize.stages[quantize.kept][monitor] < quantize.stages["qat"][monitor]
+
+
+def test_a_validation_that_logs_nothing_is_refused_before_training(tmp_path):
+    class Silent(Tiny):
+        def validation_step(self, batch, batch_idx):
+            self(batch[0])
+
+    model = Silent()
+    with pytest.raises(MisconfigurationException, match="`monitor` is 'val_loss', but the validation logs nothing"):
+        fit(tmp_path, model=model)
+    assert not model.trained_on
 
 
 @pytest.mark.parametrize("callback", [ModelCheckpoint(monitor="val_acc", mode="max"), EarlyStopping("val_acc", mode="max")])
@@ -182,6 +206,26 @@ def test_a_rescaled_float_layer_gets_its_factor(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+class Kept(Saved):
+    def __init__(self, root=Path("images"), **options):
+        super().__init__(**options)
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_that_are_not_plain_data_are_named_with_the_remedy(tmp_path):
+    run = trainer(tmp_path, Quantize(), max_epochs=1)
+    run.fit(Kept(), loader())
+    run.save_checkpoint(path := tmp_path / "fit.ckpt")
+    with pytest.raises(ValueError, match=r"`path` .*fit\.ckpt has pathlib\.\S*Path in it.*add_safe_globals.*ignore=") as refused:
+        lq.load_quantized(Kept, path)
+    assert "\x1b" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"`original` .*fit\.ckpt has pathlib\.\S*Path in it"):
+        QATSchedule(original=path)
+    with torch.serialization.safe_globals([type(Path("images"))]):
+        assert QATSchedule(original=path).original.epochs == 1
+        assert lq.load_quantized(Kept, path).hparams.root == Path("images")
+
+
 def test_what_does_not_load_is_refused_by_name(tmp_path):
     torch.save(Tiny().state_dict(), tmp_path / "float.pt")
     with pytest.raises(ValueError, match=r"float\.pt has no amax: it is of a float model"):
@@ -293,6 +337,20 @@ def test_a_delay_is_let_go_after_an_exception(tmp_path):
     model = Fails()
     with pytest.raises(RuntimeError, match="stop"):
         trainer(tmp_path, Quantize(), QuantDelay(inputs=5)).fit(model, loader())
+    assert all(quantizer._if_quant for _, quantizer in lq.named_quantizers(model))
+
+
+class EndsEpochs(Tiny):
+    """Leaves out all but four batches, and Lightning the end of the fifth."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 4 else None
+
+
+def test_a_delay_is_let_go_where_the_module_ends_its_epoch(tmp_path):
+    model = EndsEpochs()
+    trainer(tmp_path, Quantize(stages=False), QuantDelay(inputs=1.0, weights=1.0)).fit(model, loader())
+    assert len(model.trained_on) == 8
     assert all(quantizer._if_quant for _, quantizer in lq.named_quantizers(model))
 
 

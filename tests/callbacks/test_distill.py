@@ -443,8 +443,35 @@ def test_a_fit_that_cannot_work_is_refused_before_it_starts(tmp_path, module, op
 
 
 def test_a_quantized_module_has_no_float_model_to_learn_from(tmp_path):
+    model = tiny()
+    trainer(tmp_path, quantize(), max_epochs=1).fit(model, loader())
     with pytest.raises(MisconfigurationException, match="put Distill before Quantize"):
-        trainer(tmp_path, Distill()).fit(lq.quantize_(Tiny()), loader())
+        trainer(tmp_path, Distill()).fit(model, loader())
+
+
+LEARNED = [lq.QuantRule("*", lq.QuantDescriptor(4, learn_amax="lsq"), None)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rules": LEARNED}, {"corrections": [lq.corrections.weights_bias_correction_]}, {"target": "tensorrt", "alpha": 0.5}],
+)
+def test_after_a_validation_the_teacher_is_the_float_model_still(tmp_path, options):
+    fingerprints, fitted = [], []
+    for first in (False, True):
+        model, distill = tiny(), Distill()
+        model.net[0].bias = None
+        float_model = copy.deepcopy(model).eval()
+        run = trainer(tmp_path, distill, quantize(**options), max_epochs=1)
+        if first:
+            run.validate(model, loader(), verbose=False)
+        run.fit(model, loader())
+        assert torch.equal(distill.teacher(X), float_model(X))
+        assert not list(lq.named_quantizers(distill.teacher))
+        fingerprints.append(distill.state_dict()["fingerprint"])
+        fitted.append(model.state_dict())
+    assert len(set(fingerprints)) == 1
+    torch.testing.assert_close(*fitted, rtol=0, atol=0)
 
 
 def test_ranks_with_other_weights_are_refused(tmp_path, monkeypatch):

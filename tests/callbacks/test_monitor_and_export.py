@@ -283,6 +283,18 @@ def test_hooks_go_when_a_batch_fails(tmp_path):
     assert not any(q._forward_hooks for _, q in lq.named_quantizers(model))
 
 
+def test_hooks_go_where_the_module_ends_its_epoch(tmp_path):
+    class EndsEpochs(Tiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 4 else None
+
+    model, logger = EndsEpochs(), CSVLogger(tmp_path, name="", version="")
+    trainer(tmp_path, Quantize(), QuantMonitor(1), logger=logger).fit(model, loader())
+    assert len(model.trained_on) == 8
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 @pytest.mark.parametrize("module", [Tiny, DictBatches])
 def test_the_graph_is_written_when_the_fit_ends(tmp_path, module):
     model = module()

@@ -139,6 +139,39 @@ def test_test_and_predict_work_from_the_checkpoint(tmp_path):
     torch.testing.assert_close(first, model.eval()(dataset().tensors[0][:4]), rtol=0, atol=0)
 
 
+def test_a_checkpoint_that_is_tested_after_its_fit_does_not_take_stages_away(tmp_path):
+    quantize, keep = Quantize(), ModelCheckpoint(tmp_path, monitor="val_loss")
+    fit = trainer(tmp_path, quantize, keep, enable_checkpointing=True)
+    fit.fit(Tiny(), loader(), loader())
+    stages = copy.deepcopy(quantize.stages)
+    fit.test(Tiny(), loader(), ckpt_path="best", verbose=False)
+    assert "qat" in stages
+    assert quantize.stages == stages
+    # where none are known, those of the checkpoint are
+    other = Quantize()
+    trainer(tmp_path, other).test(Tiny(), loader(), ckpt_path=keep.best_model_path, verbose=False)
+    assert other.stages["rescaled"] == stages["rescaled"]
+
+
+def test_the_best_model_of_a_checkpoint_that_is_tested_is_none_of_the_next_fit(tmp_path):
+    quantize = Quantize(keep_best=True, monitor="val_loss", mode="min")
+    fit = trainer(tmp_path, quantize, ModelCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=1)
+    fit.fit(Tiny(), loader(), loader())
+    fit.test(ckpt_path="best", dataloaders=loader(), verbose=False)
+    assert quantize._restored == {}
+
+
+def test_the_checkpoint_of_a_float_fit_is_not_resumed(tmp_path):
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(Tiny(), loader())
+    fit.save_checkpoint(path := tmp_path / "float.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"float\.ckpt is of a float fit, whose clock stands at step 8: load its"):
+        trainer(tmp_path, Quantize(), max_epochs=2).fit(Tiny(), loader(), ckpt_path=path)
+    # its weights are good for a look
+    with pytest.warns(UserWarning, match="4 quantizers have no amax"):
+        trainer(tmp_path, Quantize()).validate(Tiny(), loader(), ckpt_path=path, verbose=False)
+
+
 def test_a_second_fit_keeps_the_scales(tmp_path):
     model = Tiny()
     trainer(tmp_path, Quantize()).fit(model, loader())
@@ -161,6 +194,23 @@ def test_stages_are_the_users_own_validation_and_no_callback_takes_them_for_one(
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
     text = (tmp_path / "metrics.csv").read_text()
     assert all(f"{stage}/val_acc" in text for stage in quantize.stages)
+
+
+def test_stages_have_the_metrics_of_several_validation_loaders(tmp_path):
+    class Several(Tiny):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            self.log("of_all", 1.0)
+
+    model, quantize = Several(), Quantize()
+    plain = trainer(tmp_path).validate(copy.deepcopy(model), [loader(), loader(batch_size=8)], verbose=False)
+    fit = trainer(tmp_path, quantize)
+    fit.fit(model, loader(), [loader(), loader(batch_size=8)])
+    assert list(quantize.stages) == ["float", "calibrated", "rescaled", "qat"]
+    assert quantize.stages["float"] == pytest.approx(plain[0] | plain[1])
+    assert fit.callback_metrics.keys() == {"train_loss", *plain[0], *plain[1]}
 
 
 def test_without_validation_there_are_no_stages(tmp_path):
@@ -186,6 +236,19 @@ def test_a_dict_goes_whole_to_a_forward_that_knows_none_of_its_keys():
 def test_a_batch_that_does_not_fit_is_refused_with_the_remedy(forward, batch):
     with pytest.raises(MisconfigurationException, match="calibration_step"):
         forward_arguments(forward, batch)
+
+
+@pytest.mark.parametrize("names", ["x, y", "x, y, z"])
+def test_a_forward_that_takes_a_whole_batch_is_told_the_remedy(tmp_path, names):
+    class Whole(Tiny):
+        def forward(self, batch):
+            exec(f"{names} = batch", {}, {"batch": batch})
+            return self.net(batch[0])
+
+    with pytest.raises(
+        MisconfigurationException, match=r"failed in `forward`: ValueError: .*to unpack.*Override `Quantize\.calib"
+    ):
+        trainer(tmp_path, Quantize()).fit(Whole(), loader(batch_size=4))
 
 
 # Bad input

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -131,6 +131,74 @@ def test_stepped_by_hand_each_optimizer_follows_from_its_own_rate_batch_by_batch
     expected = [0.01 * cosine_factor(step, 16) for step in range(16)]
     assert rates == [pytest.approx([0.5 * factor, 0.2 * factor]) for factor in expected]
     assert [i + 1 for i in range(1, 16) if amaxs[i] != amaxs[i - 1]] == [3, 6]
+
+
+class ByHandAlone(Tiny):
+    """One optimizer, stepped in ``training_step``."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("epochs", [10, None])
+def test_max_steps_ends_the_cosine_by_hand_too(tmp_path, epochs):
+    record = Record()
+    callbacks = [Quantize(stages=False), QATSchedule(), ScaleFreeze(None, freeze_after=0.5), record]
+    trainer(tmp_path, *callbacks, max_steps=10, max_epochs=epochs).fit(ByHandAlone(), loader())
+    assert record.lr == pytest.approx({step: expected(step, 10) for step in range(10)})
+    assert record.frozen == set(range(5, 10))
+
+
+def test_max_steps_of_several_optimizers_by_hand_says_nothing_of_batches(tmp_path):
+    message = r"`max_steps` is 10, and counts the steps of 2 optimizers .* set `max_epochs`, and `limit_train_batches`"
+    for callback in (QATSchedule(), ScaleFreeze(freeze_after=0.5)):
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer(tmp_path, Quantize(stages=False), callback, max_steps=10).fit(ByHand(), loader())
+    # who asks for no share need not know
+    fit = trainer(tmp_path, Quantize(stages=False), QATSchedule(None), ScaleFreeze(2, freeze_after=4), max_steps=10)
+    fit.fit(ByHand(), loader())
+    assert fit.global_step == 10
+
+
+def accumulating(folder, scheduling, *callbacks, **options):
+    record = Record()
+    scheduler = GradientAccumulationScheduler(scheduling)
+    trainer(folder, Quantize(stages=False), *callbacks, scheduler, record, **options).fit(Tiny(), loader())
+    return record
+
+
+@pytest.mark.parametrize(("options", "total"), [({}, 4 + 4 + 3), ({"max_steps": 9}, 9), ({"max_epochs": -1, "max_steps": 9}, 9)])
+def test_a_scheduler_of_the_accumulation_keeps_the_clock(tmp_path, options, total):
+    freeze = ScaleFreeze(None, freeze_after=0.5)
+    record = accumulating(tmp_path, {0: 2, 2: 3}, QATSchedule(), freeze, **{"max_epochs": 3, **options})
+    assert record.lr == pytest.approx({step: expected(step, total) for step in range(total)})
+    assert record.frozen == set(range(round(total / 2), total))
+
+
+def test_epochs_are_lengths_where_a_scheduler_gives_all_the_same(tmp_path):
+    record = accumulating(tmp_path, {0: 4}, ScaleFreeze(None, freeze_after="1 epoch"))
+    assert record.frozen == {2, 3}
+    with pytest.raises(
+        ValueError, match=r"`freeze_after` is '1 epoch', and epochs have no known length here, or not all the same"
+    ):
+        accumulating(tmp_path, {0: 2, 1: 4}, ScaleFreeze(None, freeze_after="1 epoch"))
+
+
+def test_the_rate_is_the_highest_of_a_scheduler_that_warms_up(tmp_path):
+    class WarmingUp(Tiny):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=100)]
+
+    record = Record()
+    trainer(tmp_path, QATSchedule(), record).fit(WarmingUp(), loader())
+    assert record.lr[0] == pytest.approx(0.001)
 
 
 def test_endless_fits_are_refused(tmp_path):
@@ -261,6 +329,23 @@ def test_validation_data_does_not_get_into_a_refresh(tmp_path):
     trainer(tmp_path, *callbacks, max_epochs=2).fit(Tiny(), loader(shuffle=True), DataLoader(huge, 4))
     assert record.changes() == [8]
     assert record.amax[8]["net.0.input"] <= dataset().tensors[0].abs().max()
+
+
+def test_validation_is_not_observed_where_the_module_ends_its_epoch(tmp_path):
+    class EndsEpochs(Tiny):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 4 else None
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            observing.append(any(q._if_calib for _, q in lq.named_quantizers(self)))
+
+    observing = []
+    trainer(tmp_path, Quantize(), ScaleFreeze(5, observe=4, freeze_after=None), max_epochs=1).fit(
+        EndsEpochs(), loader(), loader()
+    )
+    assert observing
+    assert not any(observing)
 
 
 def test_a_layer_that_is_not_called_lately_keeps_its_amax(tmp_path):
