@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.analysis.records import Deployed
-from lq.callbacks.feeding import forward_arguments
+from lq.callbacks.feeding import forward_arguments, transferred
 from lq.export import (
     Engine,
     OnnxModel,
@@ -138,20 +138,26 @@ def time_engines(plans: dict[str, Path], example: tuple[Any, ...]) -> list[Deplo
     return [Deployed(f"{name}, TensorRT", path, path.stat().st_size, latency.median_ms) for name, path, latency in found]
 
 
+def attach_(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> None:
+    """Have a Trainer know a model and its data before it runs them: hooks of both may ask it how far it is."""
+    trainer.strategy.connect(model)
+    trainer._data_connector.attach_data(model, datamodule=data)
+
+
 def inputs(model: LightningModule, data: LightningDataModule) -> Iterator[tuple[Any, ...]]:
-    """What ``forward`` gets of each validation batch, by position."""
-    return inputs_from(model, CombinedLoader(data.val_dataloader(), "sequential"))
+    """What ``forward`` gets of each validation batch, by position; the model is one that a Trainer ran, or was attached to."""
+    model.trainer.validating = True
+    for batch, _, dataloader_idx in CombinedLoader(data.val_dataloader(), "sequential"):
+        yield by_position(model, transferred(model, batch, dataloader_idx))
 
 
-def inputs_from(model: LightningModule, loader: CombinedLoader) -> Iterator[tuple[Any, ...]]:
-    """What ``forward`` gets of each batch, by position."""
-    signature = inspect.signature(model.forward)
-    for batch, _, _ in iter(loader):
-        args, kwargs = forward_arguments(model.forward, batch)
-        bound = signature.bind(*args, **kwargs)
-        if bound.kwargs:
-            raise TypeError(f"`forward` takes {', '.join(bound.kwargs)} by keyword only: graphs and measurements go by position.")
-        yield bound.args
+def by_position(model: LightningModule, batch: Any) -> tuple[Any, ...]:
+    """What ``forward`` gets of a batch, by position."""
+    args, kwargs = forward_arguments(model.forward, batch)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    if bound.kwargs:
+        raise TypeError(f"`forward` takes {', '.join(bound.kwargs)} by keyword only: graphs and measurements go by position.")
+    return bound.args
 
 
 def validate_onnx(

@@ -1,10 +1,10 @@
 """``lq ptq=mct``: post-training quantization of a float model, without fine-tuning."""
 
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
@@ -12,17 +12,26 @@ from rich.console import Console
 
 from lq.analysis.records import Report, Stage
 from lq.analysis.report import print_report, write_report
-from lq.callbacks.correcting import positional
-from lq.cli.deploy import Deployment, deploy, validate_onnx
+from lq.callbacks.feeding import train_batches
+from lq.cli.deploy import Deployment, attach_, by_position, deploy, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, write_metrics
+from lq.cli.overrides import key_of
 from lq.load import origin_of
 from lq.placement import check_target
 from lq.ptq import PtqReport, QuantizationConfig, QuantizationMethod, post_training_quantization
 from lq.surgery import named_quantizers
 
+# In their place are the options of `ptq`, but for two. An experiment may choose them for other runs.
+IDLE = ("quant", "calib", "rescale")
+USED = ("quant.name", "calib.batches")
+
 
 def check_ptq(cfg: DictConfig, config: QuantizationConfig) -> None:
     """Find out what cannot work, before any training."""
+    for override in HydraConfig.get().overrides.task:
+        key = key_of(override)
+        if key.split(".")[0] in IDLE and key not in USED:
+            raise ValueError(f"`{override}` has no effect beside ptq=mct: leave it out, and set the fields of `ptq`.")
     if cfg.export.format is None:
         check_target(cfg.export.target, config.rules())
         return
@@ -51,7 +60,9 @@ def run_ptq(
         raise ValueError(f"`trainer` has {trainer.world_size} processes, and ptq runs in one: use trainer=default.")
     data.prepare_data()
     data.setup("fit")
-    batches = [positional(model, batch) for batch in islice(data.train_dataloader(), cfg.calib.batches)]
+    attach_(trainer, model, data)
+    trainer.training = True
+    batches = [by_position(model, batch) for batch in train_batches(trainer, model, data.train_dataloader(), cfg.calib.batches)]
     quantized, found = post_training_quantization(model, batches, config, target=cfg.export.target)
     stages = {"float": validate(trainer, model, data), "ptq": validate(trainer, quantized, data)}
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True) | origin_of(quantized)

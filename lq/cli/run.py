@@ -9,7 +9,6 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -17,15 +16,11 @@ from lq.analysis.records import Report, Stage, read_history
 from lq.analysis.report import print_report, write_report
 from lq.callbacks import Quantize
 from lq.checkpoint import Original, original, read_checkpoint
-from lq.cli.deploy import OUTPUTS, Deployment, deploy, inputs, validate_onnx
+from lq.cli.check import check
+from lq.cli.deploy import Deployment, deploy, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
 from lq.cli.ptq import check_ptq, run_ptq
-from lq.export import require_tensorrt
-from lq.export._require import require
-from lq.export.check import E4M3, checked_opset, fits_int8
-from lq.export.onnx import PRECISIONS
 from lq.ptq import QuantizationConfig
-from lq.surgery import named_quantizers, quantize_
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -115,47 +110,6 @@ def describe(
         corrected=quantize.corrected,
         history=read_history(history) if history.exists() else [],
     )
-
-
-def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, callbacks: dict[str, Callback]) -> Quantize:
-    """Find out what cannot work, before any training; returns the callback that quantizes."""
-    quantize = callbacks.get("quantize")
-    if not isinstance(quantize, Quantize):
-        raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
-    if cfg.schedule.epochs is not None and cfg.schedule.epochs < 0:
-        raise ValueError(f"`schedule.epochs` is {cfg.schedule.epochs}: give at least 0, which calibrates and trains nothing.")
-    if cfg.export.batches is not None and cfg.export.batches < 1:
-        raise ValueError(f"`export.batches` is {cfg.export.batches}: give at least 1, or null for all validation batches.")
-    if not is_overridden("validation_step", model) or not is_overridden("val_dataloader", data):
-        raise ValueError(
-            f"{type(model).__name__} needs a `validation_step`, and {type(data).__name__} a `val_dataloader`: `lq` measures each "
-            "stage with them. The callbacks alone do without."
-        )
-    if quantize.target is not None and model.example_input_array is None:
-        data.prepare_data()
-        data.setup("fit")
-        model.example_input_array = next(inputs(model, data))
-    quantized = quantize_(copy.deepcopy(model), quantize.rules, target=quantize.target)
-    if cfg.export.format not in (None, "onnx"):
-        raise ValueError(f"`export.format` is {cfg.export.format!r}: choose onnx or null.")
-    if cfg.export.outputs not in OUTPUTS:
-        raise ValueError(f"`export.outputs` is {cfg.export.outputs!r}: choose {' or '.join(OUTPUTS)}.")
-    if cfg.quant.name == "float":
-        raise ValueError("`quant.name` is 'float', which is what the float graph is called: choose another.")
-    if cfg.export.format is not None:
-        require("onnx", "onnxscript", "onnxruntime")
-        if cfg.export.precision not in ("fp32", "fp16"):
-            raise ValueError(
-                f"`export.precision` is {cfg.export.precision!r}: choose fp32 or fp16, which ONNX Runtime runs on the CPU; "
-                "`lq.export.to_onnx` also writes bf16."
-            )
-        checked_opset(quantized, PRECISIONS[cfg.export.precision], cfg.export.opset)
-        if cfg.export.engine is not None:
-            require_tensorrt()
-        for name, quantizer in named_quantizers(quantized):
-            if quantizer.num_bits != E4M3 and not fits_int8(quantizer.num_bits, quantizer.unsigned):
-                raise ValueError(f"`{name}` has {quantizer.num_bits} bits, and its codes exceed int8: fewer, or export=none.")
-    return quantize
 
 
 def qat_epochs(cfg: DictConfig) -> int:

@@ -1,6 +1,5 @@
 """``lq sensitivity``: which quantizers, or layers, cost the most, and which widths the layers should have."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -17,9 +15,12 @@ from lq.analysis import sensitivity
 from lq.analysis.allocation import Allocator
 from lq.analysis.front import front_of
 from lq.callbacks import Quantize
-from lq.cli.deploy import inputs_from
+from lq.callbacks.feeding import train_batches, untouched_data
+from lq.cli.check import check
+from lq.cli.deploy import by_position
 from lq.cli.outputs import prepare_folder, write_json
-from lq.cli.run import check, load_float, train_float
+from lq.cli.overrides import key_of
+from lq.cli.run import load_float, train_float
 from lq.cli.sensitivity_options import Budget, about_rules, methods_of, spared, widths_of
 from lq.cli.sensitivity_page import Findings, command_for, short
 from lq.cli.validation import Validation
@@ -45,17 +46,16 @@ def find_sensitive(cfg: DictConfig) -> dict[str, float]:
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
     budget = checked(cfg, data, model)
-    if cfg.ckpt_path is None:
+    if cfg.ckpt_path is not None:
+        load_float(model, cfg.ckpt_path)
+    elif cfg.float_epochs:
         console.rule("Float training")
         train_float(cfg, model, data, folder)
         told.append(f"ckpt_path={short(folder / 'checkpoints' / 'float.ckpt')}")
-    else:
-        load_float(model, cfg.ckpt_path)
 
     console.rule("Calibration")
-    trainer = calibrate_(cfg, model, data)
+    trainer, batches = calibrate_(cfg, model, data)
     model.to(trainer.strategy.root_device)
-    batches = list(islice(inputs_from(model, CombinedLoader(data.train_dataloader(), "max_size_cycle")), cfg.batches))
     validation = Validation(cfg, data, console)
     allocator = None
     if budget is not None:
@@ -103,19 +103,11 @@ def configured(cfg: DictConfig, told: list[str]) -> tuple[DictConfig, list[str]]
         raise ValueError(
             f"`run` {folder} does not compose here ({first}): give its --config-dir, from the same folder."
         ) from error
-    if composed.ckpt_path is None:
+    # a model that came with its weights was not trained first
+    if composed.ckpt_path is None and composed.float_epochs:
         composed.ckpt_path = str(folder / "checkpoints" / "float.ckpt")
         merged.append(f"ckpt_path={composed.ckpt_path}")
     return composed, [override for override in merged if key_of(override) not in OWN]
-
-
-def key_of(override: str) -> str:
-    """What an override sets.
-
-    >>> key_of("+trainer.fast_dev_run=true"), key_of("quant=int8")
-    ('trainer.fast_dev_run', 'quant')
-    """
-    return override.lstrip("+~").split("=", 1)[0]
 
 
 def checked(cfg: DictConfig, data: LightningDataModule, model: LightningModule) -> Budget | None:
@@ -139,17 +131,28 @@ def quantize_of(cfg: DictConfig) -> Quantize:
 
 
 class Calibrated(Callback):
-    """Ends a fit where its training would begin."""
+    """Ends a fit where its training would begin, and keeps what ``forward`` gets of so many train batches."""
+
+    def __init__(self, batches: int) -> None:
+        self._count = batches
+        self.batches: list[tuple[Any, ...]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with untouched_data(trainer.train_dataloader) as loaders:
+            self.batches = [by_position(pl_module, b) for b in train_batches(trainer, pl_module, loaders, self._count)]
         trainer.should_stop = True
 
 
-def calibrate_(cfg: DictConfig, model: LightningModule, data: LightningDataModule) -> Trainer:
-    """Quantize, rescale, correct and calibrate a model in place, as the fit of a run does before its first step."""
+def calibrate_(cfg: DictConfig, model: LightningModule, data: LightningDataModule) -> tuple[Trainer, list[tuple[Any, ...]]]:
+    """Quantize, rescale, correct and calibrate a model in place, as the fit of a run does before its first step.
+
+    Returns:
+        The Trainer, and the inputs of ``batches`` train batches.
+    """
     options = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0, "max_epochs": 1}
-    trainer: Trainer = instantiate(cfg.trainer, **options, callbacks=[quantize_of(cfg), Calibrated()])
+    calibrated = Calibrated(cfg.batches)
+    trainer: Trainer = instantiate(cfg.trainer, **options, callbacks=[quantize_of(cfg), calibrated])
     if trainer.world_size > 1:
         raise ValueError(f"`trainer` has {trainer.world_size} processes, and sensitivity runs in one: use trainer=default.")
     trainer.fit(model, datamodule=data)
-    return trainer
+    return trainer, calibrated.batches

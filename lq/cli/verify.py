@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from lq.cli.deploy import inputs
+from lq.cli.deploy import attach_, inputs
 from lq.cli.outputs import prepare_folder, write_json
 from lq.export import placement_report, verify
 from lq.export.difference import RuntimeDifference
@@ -35,6 +35,8 @@ def verify_run(cfg: DictConfig) -> dict[str, Any]:
     model: LightningModule = instantiate(ran.model)
     data.prepare_data()
     data.setup("fit")
+    # a graph is verified on the CPU, wherever the run was
+    attach_(Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False), model, data)
     if model.example_input_array is None:
         model.example_input_array = next(inputs(model, data))
     load_quantized(model, cfg.ckpt_path or folder / "checkpoints" / f"{ran.quant.name}.ckpt")

@@ -1,6 +1,5 @@
 """`lq sensitivity`: what it writes is what the functions find, and its rules build the model that was measured."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -11,13 +10,11 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
-from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import OmegaConf
 
 import lq
 from lq.analysis import sensitivity
 from lq.analysis.allocation import Allocator
-from lq.cli.deploy import inputs_from
 from lq.cli.main import _job, register_resolvers
 from lq.cli.sensitivity import calibrate_, checked, configured, find_sensitive
 from lq.cli.sensitivity_options import Budget, methods_of, widths_of
@@ -102,8 +99,7 @@ def test_what_is_written_is_what_the_function_finds(found):
     data, model = instantiate(cfg.data), instantiate(cfg.model)
     checked(cfg, data, model)
     model.load_state_dict(torch.load(cfg.ckpt_path))
-    calibrate_(cfg, model, data)
-    batches = list(itertools.islice(inputs_from(model, CombinedLoader(data.train_dataloader())), 2))
+    _, batches = calibrate_(cfg, model, data)
     images, digits = next(iter(data.val_dataloader()))
 
     def accuracy(model):
@@ -201,6 +197,24 @@ def test_a_run_gives_its_choices_and_its_float_weights(tmp_path):
     assert (merged.quant.name, merged.model.width, merged.calib.method, merged.budget) == ("w4a4", 8, "max", 0.5)
     assert merged.ckpt_path == str(tmp_path / "checkpoints" / "float.ckpt")
     assert told == ["model.width=8", "calib=max", "quant=w4a4", f"ckpt_path={merged.ckpt_path}"]
+
+
+def test_a_run_whose_model_came_with_its_weights_has_no_float_checkpoint(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("[float_epochs=0]")
+    register_resolvers()
+    with initialize_config_module("lq.conf", version_base="1.3"):
+        merged, told = configured(compose("sensitivity", [f"run={tmp_path}"]), [f"run={tmp_path}"])
+    assert merged.ckpt_path is None
+    assert told == ["float_epochs=0"]
+
+
+@pytest.mark.slow
+def test_a_model_that_came_with_its_weights_is_not_trained(tmp_path):
+    told = [*QUIET, "model.width=8", "float_epochs=0", "val_batches=1"]
+    find_sensitive(config("sensitivity", tmp_path, *told))
+    assert not (tmp_path / "checkpoints").exists()
+    assert "ckpt_path" not in (tmp_path / "sensitivity.md").read_text()
 
 
 def test_every_option_composes(tmp_path):

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 import lq
 import lq.conf
+from lq.cli.check import check
 from lq.cli.main import register_resolvers
 from lq.cli.run import qat_epochs, run
 from lq.cli.sweep import CompareRuns
@@ -241,7 +242,7 @@ def test_engines_are_built_verified_and_timed(tmp_path, monkeypatch, float_weigh
         return plan
 
     times = EngineBenchmark(EngineLatency(0.5, 0.6, 1000.0), EngineLatency(1.0, 1.2, 500.0))
-    monkeypatch.setattr("lq.cli.run.require_tensorrt", lambda: None)
+    monkeypatch.setattr("lq.cli.check.require_tensorrt", lambda: None)
     monkeypatch.setattr("lq.cli.deploy.build_engine", build)
     monkeypatch.setattr("lq.cli.deploy.Engine", StandIn)
     monkeypatch.setattr("lq.export.tensorrt.engine.Engine", StandIn)
@@ -401,12 +402,54 @@ def test_no_epochs_calibrate_and_rescale_and_train_nothing(tmp_path, float_weigh
         ("callbacks.quantize=null", "callbacks.quantize"),
         ("quant.name=float", "quant.name"),
         ("ckpt_path=nowhere.pt", "ckpt_path.*nowhere"),
+        ("schedule.keep_best=true", "schedule.keep_best.*schedule.monitor=None.*schedule.monitor=val_acc schedule.mode=max"),
+        ("schedule.keep_best=true callbacks/average=ema", "schedule.keep_best.*callbacks.average"),
+        ("schedule.reestimate_batchnorm=5", "schedule.freeze_batchnorm=false"),
+        ("trainer.precision=bf16-true", "trainer.precision.*bf16-true.*choose 32-true, 16-mixed or bf16-mixed"),
+        ("trainer.precision=64 export=none", "trainer.precision.*64-true"),
+        ("trainer.devices=0", "devices"),
+        ("+trainer.max_epochs=1", "trainer.max_epochs.* is 1.*schedule.epochs.*float_epochs"),
+        ("+trainer.callbacks=[]", r"trainer.callbacks.* is \[\].*callbacks.mine"),
+        ("+trainer.logger=false", "trainer.logger.* is False.*logger=csv"),
     ],
 )
 def test_bad_values_are_refused_before_training(tmp_path, told, message):
     with pytest.raises(Exception, match=message):
         run(config(tmp_path, *QUICK, *told.split(" "), "logger=none"))
     assert {path.name for path in tmp_path.iterdir()} <= {"config.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule: {lr: 0.1}", "`schedule.lr` is 0.1, and nothing reads it: the closest is `schedule.lr_factor`"),
+        ("schedule: {refresh_evry: '${share}'}", "the closest is `schedule.refresh_every`"),
+        ("calib: {batchs: 4}", "the closest is `calib.batches`"),
+        ("rescale: {alhpa: 0.5}", "the closest is `rescale.alpha`"),
+        ("export: {class_axes: 1}", "the closest is `export.class_axis`"),
+    ],
+)
+def test_keys_of_a_file_that_nothing_reads_are_refused(tmp_path, text, message):
+    # a value of one's own at the top may be
+    experiment = f"# @package _global_\ndefaults:\n  - digits\nshare: 0.2\nfloat_epochs: 1\n{text}\n"
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "old.yaml").write_text(experiment)
+    cfg = config(tmp_path / "out", f"hydra.searchpath=[file://{tmp_path}]", "experiment=old", "logger=none")
+    with pytest.raises(ValueError, match=message):
+        run(cfg)
+
+
+def test_a_value_of_ones_own_beside_the_groups(tmp_path):
+    cfg = config(tmp_path, *QUICK, "+share=0.2", "schedule.refresh_every=${share}", "export.target=null", "logger=none")
+    callbacks = instantiate(cfg.callbacks)
+    check(cfg, instantiate(cfg.data), instantiate(cfg.model), callbacks)
+    assert callbacks["freeze"].refresh_every == 0.2
+
+
+def test_the_best_by_what_a_checkpoint_monitors(tmp_path):
+    told = ["schedule.keep_best=true", "+callbacks.checkpoint.monitor=val_acc", "+callbacks.checkpoint.mode=max", "export=none"]
+    cfg = config(tmp_path, *told)
+    check(cfg, instantiate(cfg.data), instantiate(cfg.model), instantiate(cfg.callbacks))
 
 
 @pytest.mark.parametrize("told", ["calib=magic", "magic=1", "callib=mse"])

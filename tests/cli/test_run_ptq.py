@@ -63,6 +63,10 @@ def test_verify(finished, tmp_path):
         ),
         (["ptq=mct", "ptq.activation_quantization_method=UNIFORM"], "UNIFORM has a zero point, which graphs have not"),
         (["ptq=mct", "ptq.activation_threshold_method=MEDIAN"], "`activation_threshold_method` is 'MEDIAN'"),
+        (["ptq=mct", "quant=w4a4"], "`quant=w4a4` has no effect beside ptq=mct"),
+        (["ptq=mct", "quant.overrides=[{pattern: head}]"], "`quant.overrides=[{pattern: head}]` has no effect"),
+        (["ptq=mct", "calib=percentile"], "`calib=percentile` has no effect"),
+        (["ptq=mct", "rescale.alpha=0.7"], "`rescale.alpha=0.7` has no effect"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(tmp_path, told, message):
