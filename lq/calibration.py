@@ -98,6 +98,7 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
         )
     choices = choices_by_name(roles, method, options)
     check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)
+    choices = {name: choice.on_grid(roles[name][0].quant_desc) for name, choice in choices.items()}
     for name, (quantizer, weight) in roles.items():
         if weight is None and not suits(quantizer.calibrator, wanted := choices[name].method):
             missing = "batches held out" if wanted == AUTO else "histogram"

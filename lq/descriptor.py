@@ -199,6 +199,18 @@ class QuantDescriptor:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def search_options(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options of a search for amax, and with them the share of a power of two that the grid ends at.
+
+        Where amax is no power of two it is multiplied to see what another one does, which a search must not make up for; and one
+        that is learned is not multiplied.
+
+        >>> QuantDescriptor(scale_amax=0.5).search_options({"power_of_two": True})
+        {'power_of_two': True, 'scale_amax': 0.5}
+        """
+        shares = options.get("power_of_two") and self.scale_amax and not self.learn_amax
+        return {**options, "scale_amax": self.scale_amax} if shares else options
+
 
 @dataclass(frozen=True)
 class QuantRule:

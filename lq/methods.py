@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lq.descriptor import QuantDescriptor
 from lq.functional.choose import AUTO, check_choice
 from lq.functional.threshold import OPTIONS, Search
 
@@ -31,6 +32,10 @@ class Choice:
         if "method" not in own:
             raise ValueError(f"`method` has {own}, without a method: give it as {{'method': 'mse', ...}}.")
         return cls(own.pop("method"), tuple(sorted({**options, **own}.items())))
+
+    def on_grid(self, desc: QuantDescriptor) -> "Choice":
+        """The same for a quantizer whose grid ends elsewhere than at amax (:meth:`lq.QuantDescriptor.search_options`)."""
+        return Choice.of(self.method, desc.search_options(dict(self.options)))
 
 
 def choices_by_name(names: Iterable[str], method: Method, options: Mapping[str, Any]) -> dict[str, Choice]:

@@ -90,6 +90,7 @@ class HistogramCalibrator(Calibrator):
         z_threshold: float = math.inf,
         min_threshold: float = 0.0,
         power_of_two: bool = False,
+        scale_amax: float = 1.0,
     ) -> Tensor | None:
         """Amax by ``method``: a key of :data:`lq.functional.threshold.METHODS`, or ``auto``.
 
@@ -103,11 +104,12 @@ class HistogramCalibrator(Calibrator):
             z_threshold: leave out bins that lie more than this many standard deviations from the mean.
             min_threshold: the least result.
             power_of_two: choose among powers of two.
+            scale_amax: what the quantizer multiplies amax with: errors are those of the grid that this makes.
 
         Raises:
             ValueError: an unknown method, one that does not go with ``num_bits``, or an option out of range.
         """
-        options = (percentile, start_bin, stride, p, z_threshold, min_threshold, power_of_two)
+        options = (percentile, start_bin, stride, p, z_threshold, min_threshold, power_of_two, scale_amax)
         search = Search(self.num_bits, self.unsigned, *options)
         check_choice(method, self.num_bits)
         if not self.collected:

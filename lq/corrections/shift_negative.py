@@ -95,6 +95,7 @@ def shift_negative_activation_correction_(
     reasons = {name: _why_never(layer, shared) for name, layer in layers.items()}
     calibrators = {n: AffineCalibrator(desc.num_bits, num_bins=desc.num_bins) for n in layers if reasons[n] is None}
     observe(model, {layers[name]: calibrator for name, calibrator in calibrators.items()}, batches)
+    options = dict(desc.search_options(options))
     plans = {name: _Plan.of(calibrator, method, options) for name, calibrator in calibrators.items() if calibrator.collected}
     reasons |= {name: plans[name].why_not(ratio) if name in plans else "no batch reached it" for name in calibrators}
     applied = []
@@ -133,7 +134,9 @@ class _Plan:
         signed, (low, high) = amax.item(), calibrator.peak.flatten().tolist()
         codes = largest_code(calibrator.num_bits, unsigned=True)
         if options.get("power_of_two"):
-            step = signed / codes
+            # of a scale that is a power of two the bit of the sign makes two
+            share = options.get("scale_amax")
+            step = signed * share / largest_code(calibrator.num_bits, unsigned=False) / 2 if share else signed / codes
             shift = math.ceil(low / step) * step if step else 0.0
             return cls(low, high, signed, shift, signed, room=signed)
         # n steps of (signed + shift) / codes are shift

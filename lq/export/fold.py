@@ -78,6 +78,7 @@ def _fold_(layer: nn.Module, norm: Any) -> bool:
     """Fold, and say whether the codes could stay."""
     quantizer = _quantizer_of(layer)
     if quantizer is None:
+        untie_(layer, "weight", "bias")
         fold_into_(layer, norm)
         return True
     weight, bias = layer.weight, layer.bias
@@ -97,6 +98,20 @@ def _fold_(layer: nn.Module, norm: Any) -> bool:
     # the factor that came before quantization is in the codes now
     quantizer._amax, quantizer._pre_quant_scale = amax, None
     return True
+
+
+def untie_(layer: nn.Module, *names: str) -> None:
+    """Give a layer parameters of its own, in place: what others hold too must not change for them.
+
+    >>> one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> other.weight, other.bias = one.weight, one.bias
+    >>> untie_(other, "bias")
+    >>> other.weight is one.weight, other.bias is one.bias, other.bias.equal(one.bias)
+    (True, False, True)
+    """
+    for name in names:
+        if (shared := layer._parameters.get(name)) is not None:
+            layer._parameters[name] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
 
 
 def _same_codes(quantizer: TensorQuantizer, old: Tensor, new: Tensor, new_amax: Tensor, sign: Tensor) -> bool:

@@ -1,14 +1,14 @@
 """Unsigned codes of 8 bits as int8's: the layer's input is shifted by half of them, and its bias makes up for it."""
 
-from collections import defaultdict
-
 import torch
 from torch import nn
 
 from lq.corrections import TAKE_SHIFTS
+from lq.export.fold import untie_
 from lq.functional.grid import integer_bounds
-from lq.nn import QuantMixin, QuantModule, TensorQuantizer
+from lq.nn import QuantMixin, TensorQuantizer
 from lq.nn.input_channels import add_to_bias_, is_transposed_linear, summed_weight
+from lq.sharing import holders_of
 
 # How far codes are moved down.
 MOVE = 128
@@ -23,14 +23,9 @@ def movable(model: nn.Module) -> dict[TensorQuantizer, list[QuantMixin]]:
     >>> [type(holder).__name__ for holders in movable(layer).values() for holder in holders]
     ['QuantLinear']
     """
-    holders: dict[TensorQuantizer, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for module in model.modules():
-        if isinstance(module, QuantModule):
-            for role, quantizer in module.quantizers().items():
-                holders[quantizer].append((module, role))
     return {
         quantizer: [layer for layer, _ in found if isinstance(layer, QuantMixin)]
-        for quantizer, found in holders.items()
+        for quantizer, found in holders_of(model).items()
         if _is_uint8(quantizer) and all(isinstance(layer, TAKE_SHIFTS) and role == "input" for layer, role in found)
     }
 
@@ -57,6 +52,7 @@ def recentre_(model: nn.Module) -> None:
         for layer in layers:
             (weight,) = layer.weights().values()
             rounded = layer.weight_quantizer(weight)
+            untie_(layer, "bias")
             add_to_bias_(layer, down * summed_weight(layer, rounded.mT if is_transposed_linear(layer) else rounded))
         shift = torch.zeros(()) if quantizer.pre_quant_shift is None else quantizer.pre_quant_shift
         quantizer._pre_quant_shift = (shift.double() - down.to(shift.device)).float().reshape(())

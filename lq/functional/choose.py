@@ -52,7 +52,7 @@ def least_error(fit: Tensor, held_out: Tensor, width: Tensor, peak: Tensor, laye
     names, errors = contenders(search.num_bits), []
     for name in names:
         amax = threshold(fit, width, peak, name, search)
-        _, noise = energies(held_out, width, amax, search.num_bits, search.unsigned)
+        _, noise = energies(held_out, width, amax * search.scale_amax, search.num_bits, search.unsigned)
         errors.append(noise.new_zeros(int(layer[-1]) + 1).index_add_(0, layer, noise))
     # of equals the first, which is the simplest
     return [names[i] for i in torch.stack(errors).argmin(dim=0).tolist()]

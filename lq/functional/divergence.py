@@ -37,47 +37,42 @@ def entropy(counts: Tensor, edges: Tensor, num_bits: int, unsigned: bool) -> Ten
     def starts(edges: Tensor) -> Tensor:
         return -torch.div(-level * edges.unsqueeze(1), levels, rounding_mode="floor")
 
-    def top(edges: Tensor) -> Tensor:
-        return torch.div((edges - 1) * levels, edges, rounding_mode="floor")
-
-    return _outliers_lost(counts, edges, levels, starts, top)
+    return _outliers_lost(counts, edges, levels, starts)
 
 
-def kl(counts: Tensor, edges: Tensor, num_bits: int, unsigned: bool) -> Tensor:
+def kl(counts: Tensor, edges: Tensor, num_bits: int, unsigned: bool, scale_amax: float = 1.0) -> Tensor:
     """Divergence of the clipped histogram from the rounded one, ``(rows, candidates)``.
 
     As :func:`entropy`, but the levels are the integer's codes, each with the bins that round to it. (Sony MCT's ``KL`` compares
     the same two, but lets a spike of zeros decide, which no threshold hurts, and smooths both distributions where here a Q that
     is 0 where P is not is rejected.)
 
-    Arguments as :func:`entropy`.
+    Arguments as :func:`entropy`, and ``scale_amax``, the share of an edge that the largest code stands for: there P is clipped.
     """
     _, qmax = integer_bounds(num_bits, unsigned)
-    level = torch.arange(1, qmax + 1, device=counts.device)
+    steps = qmax / scale_amax
+    # code q begins half a step before its value, and the last one ends at it
+    half_steps = torch.tensor([0, *range(1, 2 * qmax, 2), 2 * qmax], dtype=torch.float64, device=counts.device)
 
-    # code q begins where a bin's centre is at least (q - 1/2) s: the ceiling of ((2q - 1) edge - qmax) / (2 qmax)
+    # h half steps are reached by the first bin whose centre is at least h s / 2: the ceiling of (h edge - steps) / (2 steps)
     def starts(edges: Tensor) -> Tensor:
-        start = -torch.div(qmax - (2 * level - 1) * edges.unsqueeze(1), 2 * qmax, rounding_mode="floor")
-        return torch.cat([torch.zeros_like(start[:, :1]), start.clamp_min(0), edges.unsqueeze(1)], dim=1)
+        first = -torch.div(steps - half_steps * edges.unsqueeze(1), 2 * steps, rounding_mode="floor")
+        return first.long().clamp(0, counts.shape[1])
 
-    def top(edges: Tensor) -> Tensor:
-        return torch.div((2 * edges - 1) * qmax + edges, 2 * edges, rounding_mode="floor")
-
-    return _outliers_lost(counts, edges, qmax + 1, starts, top)
+    return _outliers_lost(counts, edges, qmax + 1, starts)
 
 
 Bounds = Callable[[Tensor], Tensor]
 
 
-def _outliers_lost(counts: Tensor, edges: Tensor, levels: int, starts: Bounds, top: Bounds) -> Tensor:
-    """KL(P || Q) where P has what lies above the edge in its last bin, and Q has the mass of each level but not that.
+def _outliers_lost(counts: Tensor, edges: Tensor, levels: int, starts: Bounds) -> Tensor:
+    """KL(P || Q) where P has what lies above the last level in its last bin, and Q has the mass of each level but not that.
 
     Args:
         counts: ``(rows, bins)``.
         edges: candidates ``(candidates,)``.
         levels: how many levels there are.
-        starts: of edges, the bins at which levels begin and the last one ends, ``(candidates, levels + 1)``.
-        top: of edges, the level of the last bin, ``(candidates,)``.
+        starts: of edges, the bins at which levels begin and the last one ends, ``(candidates, levels + 1)``, rising.
     """
     c = counts.to(torch.float64, copy=True)
     c[:, 0] = c[:, 1]
@@ -92,13 +87,15 @@ def _outliers_lost(counts: Tensor, edges: Tensor, levels: int, starts: Bounds, t
         sums = prefix.index_select(0, start.flatten()).reshape(*start.shape, 2 * rows)
         # mass and number of non-empty bins of each level, (candidates, levels, rows)
         mass, bins = torch.split(sums.diff(dim=1), rows, dim=2)
-        inside, last = count[edges], edges - 1
+        end = start[:, -1]
+        inside, last = count[end], (end - 1).clamp_min(0)
         outliers, c_last = total - inside, c.t()[last]
         # Q in the last bin is its level's mean; Q is zero where the bin is empty
-        index = top(edges).reshape(-1, 1, 1).expand(-1, 1, rows)
+        top = (start[:, :-1] <= last.unsqueeze(1)).sum(dim=1) - 1
+        index = top.reshape(-1, 1, 1).expand(-1, 1, rows)
         density = torch.div(mass, bins.clamp_min_(1), out=bins)
         mean = density.gather(1, index).squeeze(1)
-        plain = self_information[edges] - xlogy(c_last, c_last) + xlogy(c_last + outliers, c_last + outliers)
+        plain = self_information[end] - xlogy(c_last, c_last) + xlogy(c_last + outliers, c_last + outliers)
         divergence: Tensor = (
             (plain - xlogy(mass, density).sum(dim=1) - xlogy(outliers, mean)) / total - total.log() + inside.log()
         )

@@ -1,5 +1,7 @@
 """Error of rounding a histogram's bins to a grid, for every candidate threshold: any norm, any grid."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,11 @@ from lq.functional.grid import FLOAT_FORMATS, Bits, largest_code, scale_from_ama
 SLICE = 2**19
 
 
-def rounding_errors(counts: Tensor, edges: Tensor, num_bits: Bits, unsigned: bool, p: float) -> Tensor:
+def rounding_errors(counts: Tensor, edges: Tensor, num_bits: Bits, unsigned: bool, p: float, scale_amax: float = 1.0) -> Tensor:
     """:math:`\\sum_b c_b |x_b - Q_t(x_b)|^p` in units of bins, float64 ``(rows, candidates)``.
 
-    ``x_b`` is the centre of bin b and ``Q_t`` rounds to the grid whose largest number is the threshold t. A candidate's errors at
-    the bins are the same for all histograms, so the sums of all of them are one matrix product.
+    ``x_b`` is the centre of bin b and ``Q_t`` rounds to the grid whose largest number is ``scale_amax`` times the threshold t. A
+    candidate's errors at the bins are the same for all histograms, so the sums of all of them are one matrix product.
 
     Args:
         counts: ``(rows, bins)``.
@@ -21,18 +23,19 @@ def rounding_errors(counts: Tensor, edges: Tensor, num_bits: Bits, unsigned: boo
         num_bits: width of the integer, or a float format.
         unsigned: all codes lie above zero.
         p: exponent, above 0.
+        scale_amax: share of a threshold that the grid's largest number is.
     """
     used = int((counts.sum(dim=0) > 0).nonzero().max()) + 1 if counts.any() else 1
     centre = torch.arange(used, dtype=torch.float64, device=counts.device) + 0.5
     weights = counts[:, :used].double().t().contiguous()
     errors = []
     for part in torch.split(edges, max(1, SLICE // used)):
-        threshold = part.double().unsqueeze(1)
-        scale = threshold / largest_code(num_bits, unsigned)
-        # from the largest threshold of the part on, there is nothing to round
-        inside = int(part[-1])
+        largest = scale_amax * part.double().unsqueeze(1)
+        scale = largest / largest_code(num_bits, unsigned)
+        # from the largest number of the part on, there is nothing to round
+        inside = math.ceil(largest[-1].item())
         error = _rounded(centre[:inside] / scale, num_bits, unsigned).mul_(scale).sub_(centre[:inside])
-        clipped = centre[inside:] - threshold
+        clipped = centre[inside:] - largest
         errors.append(_power(error, p) @ weights[:inside] + _power(clipped, p) @ weights[inside:])
     return torch.cat(errors).t()
 

@@ -6,7 +6,8 @@ units of bins candidates and grids are the same for all histograms of a stack. A
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ class Search:
         num_bits: width of the integer the threshold is for, or a float format.
         unsigned: the integer has no sign, so all of its codes lie above zero.
         percentile: for ``percentile``: percentage of values to keep, in [0, 100].
-        start_bin: first candidate, in bins.
+        start_bin: first candidate, in bins; of powers of two for divergences only.
         stride: bins between candidates.
         p: for ``lp``: the norm's exponent, above 0.
         z_threshold: leave out bins that lie more than this many standard deviations from the mean of the magnitudes.
         min_threshold: the least result, in units of the data.
         power_of_two: only powers of two are candidates, and ``percentile`` and ``max`` go up to the next one.
+        scale_amax: what the quantizer multiplies the threshold with; the methods in :data:`ROUNDING` take the grid that it makes.
 
     Raises:
         ValueError: an option out of range.
@@ -45,9 +47,10 @@ class Search:
     z_threshold: float = math.inf
     min_threshold: float = 0.0
     power_of_two: bool = False
+    scale_amax: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("percentile", "p", "z_threshold", "min_threshold"):
+        for name in ("percentile", "p", "z_threshold", "min_threshold", "scale_amax"):
             if not isinstance(value := getattr(self, name), int | float):
                 raise TypeError(f"`{name}` is {value!r}: it must be a number.")
         for name in ("start_bin", "stride"):
@@ -57,7 +60,7 @@ class Search:
             raise ValueError(f"`percentile` is {self.percentile}: it must lie in [0, 100].")
         if self.start_bin < 1 or self.stride < 1:
             raise ValueError(f"`start_bin` is {self.start_bin} and `stride` {self.stride}: both must be at least 1.")
-        for name in ("p", "z_threshold"):
+        for name in ("p", "z_threshold", "scale_amax"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
         if not 0 <= self.min_threshold < math.inf:
@@ -78,7 +81,7 @@ def candidates(counts: Tensor, search: Search) -> Tensor:
     """
     bins = counts.shape[1]
     if search.power_of_two:
-        return 2 ** torch.arange(int(math.log2(bins)) + 1, device=counts.device)
+        return 2 ** torch.arange(math.ceil(math.log2(bins / search.scale_amax)) + 1, device=counts.device)
     grid = torch.arange(min(search.start_bin, bins), bins + 1, search.stride, device=counts.device)
     return grid if grid[-1] == bins else torch.cat([grid, grid.new_tensor([bins])])
 
@@ -93,7 +96,8 @@ def _least(errors: Tensor, edges: Tensor, last: bool) -> Tensor:
 
 def _norm(counts: Tensor, search: Search, p: float) -> Tensor:
     edges = candidates(counts, search)
-    return _least(rounding_errors(counts, edges, search.num_bits, search.unsigned, p), edges, last=False)
+    errors = rounding_errors(counts, edges, search.num_bits, search.unsigned, p, search.scale_amax)
+    return _least(errors, edges, last=False)
 
 
 def mse(counts: Tensor, search: Search) -> Tensor:
@@ -114,6 +118,8 @@ def lp(counts: Tensor, search: Search) -> Tensor:
 def _divergence(counts: Tensor, search: Search, error: Callable[..., Tensor]) -> Tensor:
     assert isinstance(search.num_bits, int)
     edges = candidates(counts, search)
+    # powers of two begin at one bin, which alone is a distribution that nothing is lost of, whatever lies above it
+    edges = edges[edges >= min(search.start_bin, counts.shape[1])]
     if 2 ** (search.num_bits - (not search.unsigned)) >= counts.shape[1]:
         # a level for each bin: nothing is lost anywhere
         return edges[-1].expand(counts.shape[0])
@@ -127,7 +133,7 @@ def entropy(counts: Tensor, search: Search) -> Tensor:
 
 def kl(counts: Tensor, search: Search) -> Tensor:
     """Least divergence from the rounded histogram: :func:`lq.functional.divergence.kl`."""
-    return _divergence(counts, search, divergence.kl)
+    return _divergence(counts, search, partial(divergence.kl, scale_amax=search.scale_amax))
 
 
 def percentile(counts: Tensor, search: Search) -> Tensor:
@@ -161,6 +167,8 @@ METHODS: dict[str, Method] = {
 }
 # Methods that count the levels of an integer.
 DIVERGENCES = ("kl", "entropy")
+# Methods that compare data with what the quantizer's grid makes of it.
+ROUNDING = ("mse", "mae", "lp", "kl")
 
 
 def check_method(method: str, num_bits: Bits = 8) -> None:
@@ -193,7 +201,7 @@ def threshold(counts: Tensor, width: Tensor, peak: Tensor, method: str, search: 
         counts: int64 ``(rows, bins)``.
         width: width of a bin, float64 ``(rows,)``.
         peak: true largest magnitude, ``(rows,)``; unless a power of two is asked for no result exceeds it (or
-            ``min_threshold``), and a histogram with no count gets it.
+            ``min_threshold``) by more than ``scale_amax`` takes away, and a histogram with no count gets it.
         method: a key of :data:`METHODS`.
         search: candidates, bit width, options.
 
@@ -211,7 +219,10 @@ def threshold(counts: Tensor, width: Tensor, peak: Tensor, method: str, search: 
     check_method(method, search.num_bits)
     if search.z_threshold < math.inf:
         counts = without_outliers(counts, search.z_threshold)
-    amax = torch.minimum((METHODS[method](counts, search) * width).to(peak.dtype), peak)
+    if method not in ROUNDING:
+        search = replace(search, scale_amax=1.0)
+    # a grid that reaches the peak is far enough
+    amax = torch.minimum((METHODS[method](counts, search) * width).to(peak.dtype), peak / search.scale_amax)
     amax = torch.where(counts.sum(dim=1) > 0, amax, peak).clamp_min(search.min_threshold)
     return _next_power_of_two(amax) if search.power_of_two else amax
 

@@ -150,7 +150,7 @@ class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Modul
                 self.range = ends
                 return
         else:
-            amax = self.calibrator.compute_amax(*args, **kwargs)
+            amax = self.calibrator.compute_amax(*args, **self.quant_desc.search_options(kwargs))
         if amax is not None:
             self.amax = amax
         elif strict:

@@ -224,6 +224,14 @@ def test_a_power_of_two_stays_one():
     assert quantizer.pre_quant_shift.item() == pytest.approx(math.ceil(0.375 * 255 / 8) * 8 / 255)
 
 
+def test_a_power_of_two_is_chosen_on_the_grid_that_it_makes():
+    """0.95 is nearer to 1.0, the third code of 2, than to 0.75, the last one of 1."""
+    model, x = nn.Sequential(nn.Identity(), nn.Linear(1, 1)), torch.tensor([[0.95]] * 50 + [[-0.05]])
+    desc = lq.QuantDescriptor(3, scale_amax=3 / 4)
+    assert shift_negative_activation_correction_(model, [x], method="mse", power_of_two=True, desc=desc).applied
+    assert model[1].input_quantizer.amax == 2
+
+
 def test_the_ratio_decides():
     model, x = nn.Sequential(nn.Identity(), nn.Linear(1, 1)), torch.tensor([[-1.0], [5.0]])
     assert not shift_negative_activation_correction_(copy.deepcopy(model), [x], ratio=0.19).applied

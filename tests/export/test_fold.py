@@ -180,6 +180,41 @@ def test_one_norm_that_has_two_names():
     torch.testing.assert_close(model(x), expected, atol=2e-6, rtol=1e-5)
 
 
+class Head(nn.Module):
+    """One convolution for both levels of a pyramid, and one more for the sum of them; a BatchNorm for each level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.both = (nn.Conv1d(4, 4, 1) for _ in range(3))
+        for conv in (self.high, self.both):
+            conv.weight, conv.bias = self.low.weight, self.low.bias
+        self.low_norm, self.high_norm = set_statistics(nn.BatchNorm1d(4), 1), set_statistics(nn.BatchNorm1d(4), 2)
+        self.out = nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.low_norm(self.low(x)) + self.high_norm(self.high(2 * x)) + self.both(x))
+
+
+# all layers in float, one of them quantized, or all
+@pytest.mark.parametrize("rules", [[], [QuantRule("out", INT8_INPUT, INT8_WEIGHT)], "int8"], ids=["float", "mixed", "int8"])
+def test_shared_weights_are_folded_for_each_layer_alone(rules, tmp_path):
+    x = torch.randn(8, 4, 5)
+    model = calibrated(Head(), x, rules=rules) if rules else Head().eval()
+    graph = export(model, x, tmp_path)
+    assert not graph.of("BatchNormalization")
+    close(model, graph, x, atol=1e-5, share=0.95)
+    assert model.low.weight is model.high.weight
+
+
+def test_shared_weights_that_nothing_is_folded_into_stay_one(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    for rules, names in (([], {"2.weight", "2.bias"}), ("int8", {"0.weight_quantized", "2.bias"})):
+        x = torch.randn(8, 4)
+        graph = export(calibrated(model, x, rules=rules) if rules else model.eval(), x, tmp_path)
+        assert {name for name, value in graph.constants.items() if value.size > 4 or name.endswith("bias")} == names
+
+
 def test_exported_graph_has_no_batch_norm_but_the_one_that_must_stay(tmp_path):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False),

@@ -90,6 +90,29 @@ def test_unsigned_codes_of_layers(tmp_path, target):
     assert model.state_dict().keys() == before.keys()
 
 
+class Tied(nn.Module):
+    """Two layers with one weight and one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, x):
+        return self.b(self.a(x.relu()).relu())
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
+def test_a_bias_that_two_layers_share_makes_up_for_each_shift_once(tmp_path, target):
+    x = torch.randn(32, 4)
+    model = calibrated(Tied(), x, rules=UNSIGNED)
+    graph = Graph(to_onnx(model, x, tmp_path / "model.onnx", target=target))
+    close(model, graph, x, atol=1e-5, share=0.99)
+    # nothing was done to the weight, which stays one
+    assert [name for name in graph.constants if name.endswith("weight_quantized")] == ["a.weight_quantized"]
+    assert model.a.bias is model.b.bias
+
+
 def test_unsigned_codes_that_no_bias_makes_up_for_are_refused(tmp_path):
     x = torch.rand(1, 2, 4, 4)
     model = calibrated(nn.Sequential(nn.ConvTranspose2d(2, 2, 3)), x, rules=UNSIGNED)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lq.functional import divergence, rounding
-from lq.functional.threshold import DIVERGENCES, METHODS, Search, candidates, check_method, threshold
+from lq.functional.threshold import DIVERGENCES, METHODS, ROUNDING, Search, candidates, check_method, threshold
 
 BINS = 256
 
@@ -29,24 +29,25 @@ def rounded(x, edge, num_bits, unsigned):
 
 
 def norm_error(p):
-    def error(counts, edge, num_bits, unsigned):
-        """Sum of ``|error|**p`` over the bin centres, rounded with the threshold at ``edge``."""
+    def error(counts, edge, num_bits, unsigned, scale_amax=1.0):
+        """Sum of ``|error|**p`` over the bin centres, rounded to the grid that the threshold at ``edge`` makes."""
         x = np.arange(len(counts)) + 0.5
-        return float((counts * np.abs(x - rounded(x, edge, num_bits, unsigned)) ** p).sum())
+        return float((counts * np.abs(x - rounded(x, scale_amax * edge, num_bits, unsigned)) ** p).sum())
 
     return error
 
 
-def kl_error(counts, edge, num_bits, unsigned):
+def kl_error(counts, edge, num_bits, unsigned, scale_amax=1.0):
     """KL(P || Q) with the codes as levels, each with the bins that round to it."""
     qmax = 2 ** (num_bits - (not unsigned)) - 1
-    x = np.arange(edge) + 0.5
+    x = np.arange(len(counts)) + 0.5
+    x = x[x < edge * scale_amax]
     # half a step rounds up here, as the levels of the prefix sums do: a tie has no side that is right
-    code = np.minimum(np.floor(x * qmax / edge + 0.5), qmax)
-    return divergence_from_levels(counts, edge, code)
+    code = np.minimum(np.floor(x * (qmax / scale_amax) / edge + 0.5), qmax)
+    return divergence_from_levels(counts, len(x), code)
 
 
-def entropy_error(counts, edge, num_bits, unsigned):
+def entropy_error(counts, edge, num_bits, unsigned, scale_amax=1.0):
     """KL(P || Q) of Migacz's talk, with levels of equal width."""
     levels = 2 ** (num_bits - (not unsigned))
     return divergence_from_levels(counts, edge, np.array([b * levels // edge for b in range(edge)]))
@@ -71,9 +72,11 @@ def divergence_from_levels(counts, edge, level):
     return float((p[p > 0] * np.log(p[p > 0] / q[p > 0])).sum())
 
 
-def grid(bins, search):
+def grid(bins, search, method):
     if search.power_of_two:
-        return [2**k for k in range(int(np.log2(bins)) + 1)]
+        first = min(search.start_bin, bins) if method in DIVERGENCES else 1
+        # as far as the grid needs it to have the last bin
+        return [2**k for k in range(20) if first <= 2**k < 2 * bins / search.scale_amax]
     edges = list(range(min(search.start_bin, bins), bins + 1, search.stride))
     return edges if edges[-1] == bins else [*edges, bins]
 
@@ -84,8 +87,8 @@ ERRORS = {"mse": norm_error(2), "mae": norm_error(1), "lp": norm_error(2.4), "kl
 def assert_is_best(method, counts, search):
     search = dataclasses.replace(search, p=2.4)
     edge = int(METHODS[method](torch.from_numpy(counts)[None], search))
-    edges = grid(len(counts), search)
-    errors = np.array([ERRORS[method](counts, e, search.num_bits, search.unsigned) for e in edges])
+    edges = grid(len(counts), search, method)
+    errors = np.array([ERRORS[method](counts, e, search.num_bits, search.unsigned, search.scale_amax) for e in edges])
     assert edge in edges
     if np.isinf(errors).all():
         assert edge == edges[-1]
@@ -135,6 +138,26 @@ SEARCHES = [
 @pytest.mark.parametrize("method", ERRORS)
 def test_finds_what_trying_every_candidate_finds(method, name, search):
     assert_is_best(method, HISTOGRAMS[name], search)
+
+
+@pytest.mark.parametrize("scale_amax", ["one short of a power of two", 0.3, 1.25])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 7])
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("method", ROUNDING)
+def test_powers_of_two_are_those_of_the_grid_that_they_make(method, unsigned, num_bits, scale_amax):
+    levels = 2 ** (num_bits - (not unsigned))
+    share = scale_amax if isinstance(scale_amax, float) else (levels - 1) / levels
+    for counts in HISTOGRAMS.values():
+        assert_is_best(method, counts, Search(num_bits, unsigned, start_bin=8, power_of_two=True, scale_amax=share))
+
+
+@pytest.mark.parametrize("num_bits", [3, 4, 8])
+@pytest.mark.parametrize("method", ROUNDING)
+def test_a_power_of_two_is_near_what_is_best_without_one(method, num_bits):
+    counts, width = torch.from_numpy(HISTOGRAMS["normal"])[None], torch.tensor([1 / BINS], dtype=torch.float64)
+    searches = [Search(num_bits, start_bin=16, power_of_two=power) for power in (True, False)]
+    found, best = (threshold(counts, width, torch.ones(1), method, search).item() for search in searches)
+    assert best / 2 < found < 2 * best
 
 
 @pytest.mark.parametrize("method", ERRORS)
@@ -213,6 +236,17 @@ def test_powers_of_two_are_powers_of_two(method, name):
     if method in ("max", "noclipping"):
         top = (np.nonzero(HISTOGRAMS[name])[0].max() + 1) / 2**9
         assert amax / 2 < min(top, 0.49) <= amax
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_power_of_two_above_the_peak_is_for_grids_that_end_below_it(method):
+    """Codes -1, 0 and 1, half a power of two each: 2 hits a peak near 1, and nothing is lost below half of one."""
+    for peak, least, expected in ((0.99, 1.0, 2.0), (0.49, 0.5, 1.0), (0.5, 0.5, 1.0)):
+        counts = torch.zeros(1, 16, dtype=torch.int64)
+        counts[0, int(16 * peak)] = 9
+        search = Search(2, power_of_two=True, scale_amax=0.5)
+        amax = threshold(counts, torch.tensor([1 / 16], dtype=torch.float64), torch.tensor([peak]), method, search)
+        assert amax.item() == (expected if method in ROUNDING else least)
 
 
 def test_a_power_of_two_stays_what_it_is():
@@ -348,7 +382,7 @@ def test_a_percentile_out_of_range_is_refused(percentile):
         Search(percentile=percentile)
 
 
-@pytest.mark.parametrize("option", ["start_bin", "stride", "p", "z_threshold"])
+@pytest.mark.parametrize("option", ["start_bin", "stride", "p", "z_threshold", "scale_amax"])
 def test_a_search_that_goes_nowhere_is_refused(option):
     with pytest.raises(ValueError, match=f"`{option}`"):
         Search(**{option: 0})

@@ -115,6 +115,30 @@ def test_powers_of_two(model, batches, bits):
     assert quantizers["stem.input"](torch.tensor([-1e6, 1e6])).tolist() == pytest.approx([-threshold, threshold - scale])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("method", "p"), [("MSE", 2.0), ("MAE", 1.0), ("LP", 3.0)])
+def test_powers_of_two_have_the_least_error(model, batches, method, p, bits):
+    kinds = dict.fromkeys(("activation_quantization_method", "weights_quantization_method"), "POWER_OF_TWO")
+    methods = dict.fromkeys(("activation_threshold_method", "weights_threshold_method"), method)
+    widths = dict.fromkeys(("activation_n_bits", "weights_n_bits"), bits)
+    quantized, _ = post_training_quantization(model, batches, plain(**kinds, **methods, **widths, l_p_value=p))
+    # negative values are few and small in the head's input, and there are none in that of the convolution
+    values = {f"{name}.input": inputs_of(model, name, batches).reshape(1, -1) for name in ("deep", "head")}
+    values |= {
+        f"{name}.weight": model.get_submodule(name).weight.detach().flatten(1) for name in ("stem", "deep", "wide", "head")
+    }
+    for name, quantizer in lq.named_quantizers(quantized):
+        if name not in values:
+            continue
+        codes = 2 ** (bits - (not quantizer.unsigned))
+        low = 0 if quantizer.unsigned else 1 - codes if quantizer.narrow_range else -codes
+        for x, amax in zip(values[name].double().numpy(), quantizer.amax.flatten().tolist(), strict=True):
+            steps = {t: t / codes for t in (amax / 4, amax / 2, amax, 2 * amax, 4 * amax)}
+            errors = {t: np.sum(np.abs(x - np.clip(np.rint(x / s), low, codes - 1) * s) ** p) for t, s in steps.items()}
+            # the search rounds the centres of bins
+            assert errors[amax] <= 1.001 * min(errors.values()), name
+
+
 def test_uniform_has_a_zero_point(model, batches):
     config = plain(activation_quantization_method="UNIFORM", weights_quantization_method="UNIFORM", activation_n_bits=4)
     quantized, _ = post_training_quantization(model, batches, config)
@@ -399,3 +423,21 @@ def test_bad_input(model, batches):
         post_training_quantization(model, [batches[0] * math.nan])
     with pytest.raises(ValueError, match="has no quantizable layer"):
         post_training_quantization(nn.ReLU(), batches)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_shifts_are_whole_steps_of_powers_of_two(bits):
+    """So that zero, which padding is made of, has a code."""
+    model, x = nn.Sequential(nn.Hardswish(), nn.Linear(8, 4)).eval(), torch.linspace(-4, 5, 64).reshape(8, 8)
+    shifted = {"shift_negative_activation_correction": True, "shift_negative_ratio": 0.9}
+    config = QuantizationConfig(
+        activation_n_bits=bits, activation_quantization_method="POWER_OF_TWO", activation_threshold_method="NOCLIPPING", **shifted
+    )
+    quantized, report = post_training_quantization(model, [x], config)
+    assert [done.name for done in report.corrections["shift_negative_activation_correction"].applied] == ["1"]
+    quantizer = quantized[1].input_quantizer
+    assert math.frexp(quantizer.scale.item())[0] == 0.5
+    steps = (quantizer.pre_quant_shift / quantizer.scale).item()
+    assert steps == round(steps) >= 1
+    zero = torch.zeros(1)
+    assert torch.equal(quantizer(zero) - quantizer.pre_quant_shift, zero)
