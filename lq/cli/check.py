@@ -4,7 +4,6 @@ import copy
 import difflib
 from importlib.resources import files
 
-from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -15,6 +14,7 @@ from lq.callbacks import Quantize, ReestimateBatchNorm
 from lq.callbacks.best import monitored
 from lq.callbacks.building import averages
 from lq.cli.deploy import OUTPUTS, attach_, inputs
+from lq.cli.plain import instantiate
 from lq.export import require_tensorrt
 from lq.export._require import require
 from lq.export.check import E4M3, checked_opset, fits_int8

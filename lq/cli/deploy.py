@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lq.analysis.records import Deployed
 from lq.callbacks.feeding import forward_arguments, transferred
+from lq.cli.plain import instantiate
 from lq.export import (
     Engine,
     OnnxModel,

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
 from rich.console import Console
@@ -16,6 +15,7 @@ from lq.callbacks.feeding import train_batches
 from lq.cli.deploy import Deployment, attach_, by_position, deploy, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, write_metrics
 from lq.cli.overrides import key_of
+from lq.cli.plain import instantiate
 from lq.load import origin_of
 from lq.placement import check_target
 from lq.ptq import PtqReport, QuantizationConfig, QuantizationMethod, post_training_quantization

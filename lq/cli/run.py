@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -19,6 +18,7 @@ from lq.checkpoint import Original, original, read_checkpoint
 from lq.cli.check import check
 from lq.cli.deploy import Deployment, deploy, validate_onnx
 from lq.cli.outputs import log_figures, log_last, measure_layers, prepare_folder, write_metrics
+from lq.cli.plain import instantiate
 from lq.cli.ptq import check_ptq, run_ptq
 from lq.ptq import QuantizationConfig
 

@@ -6,7 +6,6 @@ from typing import Any
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -20,6 +19,7 @@ from lq.cli.check import check
 from lq.cli.deploy import by_position
 from lq.cli.outputs import prepare_folder, write_json
 from lq.cli.overrides import key_of
+from lq.cli.plain import instantiate
 from lq.cli.run import load_float, train_float
 from lq.cli.sensitivity_options import Budget, about_rules, methods_of, spared, widths_of
 from lq.cli.sensitivity_page import Findings, command_for, short

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.status import Status
 from torch import nn
 
 from lq.analysis.tables import is_share
+from lq.cli.plain import instantiate
 
 
 class Validation:

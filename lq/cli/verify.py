@@ -5,12 +5,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from lq.cli.deploy import attach_, inputs
 from lq.cli.outputs import prepare_folder, write_json
+from lq.cli.plain import instantiate
 from lq.export import placement_report, verify
 from lq.export.difference import RuntimeDifference
 from lq.load import load_quantized

@@ -8,7 +8,6 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
-from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import OmegaConf
@@ -17,6 +16,7 @@ import lq
 import lq.conf
 from lq.cli.check import check
 from lq.cli.main import register_resolvers
+from lq.cli.plain import instantiate
 from lq.cli.run import qat_epochs, run
 from lq.cli.sweep import CompareRuns
 from lq.export import EngineBenchmark, EngineLatency, OnnxModel
@@ -535,3 +535,14 @@ def test_without_a_length_the_fine_tuning_is_a_tenth_of_the_float_training(tmp_p
     trainer.fit(DigitsClassifier(), DigitsDataModule())
     trainer.save_checkpoint(tmp_path / "float.ckpt")
     assert qat_epochs(config(tmp_path, "schedule.epochs=null", f"ckpt_path={tmp_path / 'float.ckpt'}")) == 2
+
+
+@pytest.mark.parametrize("experiment", ["digits", "cifar10_resnet20", "imagenet_resnet50", "transformer_lm"])
+def test_hyperparameters_are_plain_data(tmp_path, experiment):
+    """So that checkpoints of a run load with `weights_only=True`."""
+    cfg = config(tmp_path, f"experiment={experiment}", "data.path=nowhere" if "net" in experiment else "seed=0")
+    for group in ("data", "model"):
+        described = instantiate(cfg[group])
+        assert described.hparams
+        torch.save(dict(described.hparams), tmp_path / "hparams.pt")
+        assert torch.load(tmp_path / "hparams.pt", weights_only=True) == described.hparams
