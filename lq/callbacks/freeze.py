@@ -73,6 +73,7 @@ class ScaleFreeze(Callback):
         self._batchnorms: set[nn.Module] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = []  # what a test of a checkpoint left
         if stage == "fit" and self.freeze_after is not None and self.batchnorm:
             refuse_swa(trainer, "estimates BatchNorm statistics anew at the end, which ScaleFreeze has frozen by then")
 

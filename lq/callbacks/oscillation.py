@@ -52,6 +52,9 @@ class SettleWeights(Callback):
         self._restored: dict[str, Any] = {}
         self._step = self._logged = -1
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = {}  # what a test of a checkpoint left
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._oscillations = None
         restored, self._restored = self._restored, {}

@@ -62,6 +62,9 @@ class ProgressiveBits(Callback):
         """Run the model on a batch, as :meth:`Quantize.calibration_step` does. Override it for batches that need more."""
         feed(pl_module, batch)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = None  # what a test of a checkpoint left
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, None
         if not self.bits:

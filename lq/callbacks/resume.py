@@ -40,6 +40,8 @@ class ExactResume(Callback):
         self._restored: list[dict[str, Any]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # what a test of a checkpoint left is not where this fit begins
+        self._restored = []
         self._before_loaders(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lq.callbacks import QuantizationAwareTraining, Quantize, ScaleFreeze
+from lq.callbacks import ProgressiveBits, QuantizationAwareTraining, Quantize, ScaleFreeze, SettleWeights
 from lq.callbacks.resume import ExactResume, random_numbers, set_random_numbers
+from lq.descriptor import INT8_INPUT, INT8_WEIGHT, QuantRule
 from processes import SERVER
 from tiny import Tiny, loader, trainer
 
@@ -238,3 +239,30 @@ def test_validations_within_an_epoch(tmp_path, every, steps, options):
     for step in steps:
         resumed = run(tmp_path / f"b{step}", tmp_path / "a" / f"step={step}.ckpt")
         torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_was_tested_is_not_where_the_next_fit_begins(tmp_path):
+    def second_fit(test):
+        seed_everything(0)
+        callbacks = [
+            ExactResume(),
+            ProgressiveBits({0: 8, 3: 4}),
+            Quantize([QuantRule("*", INT8_INPUT.replace(num_bits=4), INT8_WEIGHT.replace(num_bits=4))], alpha=None),
+            ScaleFreeze(4, observe=3, freeze_after=None),
+            SettleWeights(damping=0, freeze=[0.02, 0.01], momentum=0.5, after=3),
+        ]
+        folder = tmp_path / str(test)
+        keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        first = trainer(folder, *callbacks, keep, max_epochs=1, enable_checkpointing=True)
+        first.fit(Tiny(), loader())
+        if test:
+            first.test(Tiny(), loader(), ckpt_path=folder / "step=6.ckpt")
+        seed_everything(1)
+        module = Tiny()
+        trainer(folder, *callbacks, max_epochs=1).fit(module, loader())
+        return module
+
+    tested, untested = second_fit(True), second_fit(False)
+    assert all(torch.equal(a, b) for a, b in zip(tested.trained_on, untested.trained_on, strict=True))
+    expected = untested.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in tested.state_dict().items())
