@@ -66,14 +66,14 @@ def of_shortcut(rules: Sequence[QuantRule], name: str, layer: QuantModule, *, bo
     """
     own: QuantDescriptor = layer.quantizers()["input"].quant_desc
     kind = float_class_of(layer).__name__
+    of_kind = [rule for rule in rules if rule.types is None or kind in rule.types]
     found: dict[str, QuantDescriptor | None] = {}
     for role in SHORTCUT_ROLES if both else SHORTCUT_ROLES[:1]:
-        for rule in rules:
-            if rule.types is None or kind in rule.types:
-                if fnmatchcase(name, rule.pattern):
-                    found[role] = own
-                elif fnmatchcase(f"{name}.{role}", rule.pattern):
-                    found[role] = rule.input
+        for rule in of_kind:
+            if fnmatchcase(name, rule.pattern):
+                found[role] = own
+            elif fnmatchcase(f"{name}.{role}", rule.pattern):
+                found[role] = rule.input
     return {role: desc for role, desc in found.items() if desc is not None}
 
 

@@ -28,17 +28,13 @@ def save_statistics(model: nn.Module, path: str | Path) -> Path:
 
     Weights from which a step is learned have none: their amax came from the weights themselves.
 
-    Raises:
-        ValueError: no calibrator saw data.
-        TypeError: a calibrator of another class than those of :mod:`lq.calib`.
-        ImportError: safetensors is not installed.
-
     Args:
         model: holds quantizers.
         path: a file, by custom ``.safetensors``; it is written whole or, on any error, not at all.
 
     Raises:
         ValueError: no calibrator saw data.
+        TypeError: a calibrator of another class than those of :mod:`lq.calib`.
         ImportError: safetensors is not installed.
 
     >>> import tempfile, torch, lq

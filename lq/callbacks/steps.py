@@ -4,6 +4,7 @@ Lightning counts every ``step()`` of every optimizer then: as many in a batch as
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -47,7 +48,9 @@ def total_steps(trainer: Trainer) -> float:
     if trainer.max_epochs in (None, -1):
         return most
     # Lightning's `estimated_stepping_batches` knows no scheduler of the accumulation, and no optimization by hand
-    return min(most, sum(_steps_of(trainer, epoch) for epoch in range(trainer.max_epochs)))
+    starts = [epoch for epoch in _accumulation(trainer).epochs if epoch < trainer.max_epochs]
+    alike = pairwise([*starts, trainer.max_epochs])
+    return min(most, sum((after - first) * _steps_of(trainer, first) for first, after in alike))
 
 
 def steps_per_epoch(trainer: Trainer) -> float:

@@ -15,7 +15,7 @@ import lq
 from lq.callbacks import QATSchedule, QuantDelay, QuantizationAwareTraining, Quantize, ScaleFreeze
 from lq.callbacks.best import Best
 from lq.checkpoint import Original, original
-from tiny import Tiny, loader, trainer
+from tiny import EndsEpochs, Tiny, loader, trainer
 
 
 class Spoil(Callback):
@@ -338,13 +338,6 @@ def test_a_delay_is_let_go_after_an_exception(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         trainer(tmp_path, Quantize(), QuantDelay(inputs=5)).fit(model, loader())
     assert all(quantizer._if_quant for _, quantizer in lq.named_quantizers(model))
-
-
-class EndsEpochs(Tiny):
-    """Leaves out all but four batches, and Lightning the end of the fifth."""
-
-    def on_train_batch_start(self, batch, batch_idx):
-        return -1 if batch_idx == 4 else None
 
 
 def test_a_delay_is_let_go_where_the_module_ends_its_epoch(tmp_path):

@@ -17,7 +17,7 @@ from lq.analysis import measuring
 from lq.callbacks import OnnxExport, QuantizationAwareTraining, Quantize, QuantMonitor, monitor
 from lq.descriptor import QuantDescriptor
 from lq.export import OnnxModel
-from tiny import DictBatches, Tiny, dataset, loader, trainer
+from tiny import DictBatches, EndsEpochs, Tiny, dataset, loader, trainer
 from wandb_run import history
 
 NAMES = ["net.0.input", "net.0.weight", "net.4.input", "net.4.weight"]
@@ -284,10 +284,6 @@ def test_hooks_go_when_a_batch_fails(tmp_path):
 
 
 def test_hooks_go_where_the_module_ends_its_epoch(tmp_path):
-    class EndsEpochs(Tiny):
-        def on_train_batch_start(self, batch, batch_idx):
-            return -1 if batch_idx == 4 else None
-
     model, logger = EndsEpochs(), CSVLogger(tmp_path, name="", version="")
     trainer(tmp_path, Quantize(), QuantMonitor(1), logger=logger).fit(model, loader())
     assert len(model.trained_on) == 8

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import lq
 from lq.callbacks import QATSchedule, Quantize, ScaleFreeze
 from lq.schedule import cosine_factor, is_observing, is_refresh, to_steps
-from tiny import Tiny, dataset, loader, trainer
+from tiny import EndsEpochs, Tiny, dataset, loader, trainer
 
 
 class Record(Callback):
@@ -181,6 +181,12 @@ def test_a_scheduler_of_the_accumulation_keeps_the_clock(tmp_path, options, tota
     assert record.frozen == set(range(round(total / 2), total))
 
 
+def test_an_end_that_is_far_away_is_counted_at_once(tmp_path):
+    fit = trainer(tmp_path, Quantize(stages=False), QATSchedule(), record := Record(), max_epochs=10**12, max_steps=4)
+    fit.fit(Tiny(), loader())
+    assert record.lr == pytest.approx({step: expected(step, 4) for step in range(4)})
+
+
 def test_epochs_are_lengths_where_a_scheduler_gives_all_the_same(tmp_path):
     record = accumulating(tmp_path, {0: 4}, ScaleFreeze(None, freeze_after="1 epoch"))
     assert record.frozen == {2, 3}
@@ -332,18 +338,14 @@ def test_validation_data_does_not_get_into_a_refresh(tmp_path):
 
 
 def test_validation_is_not_observed_where_the_module_ends_its_epoch(tmp_path):
-    class EndsEpochs(Tiny):
-        def on_train_batch_start(self, batch, batch_idx):
-            return -1 if batch_idx == 4 else None
-
+    class Watching(EndsEpochs):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
             observing.append(any(q._if_calib for _, q in lq.named_quantizers(self)))
 
     observing = []
-    trainer(tmp_path, Quantize(), ScaleFreeze(5, observe=4, freeze_after=None), max_epochs=1).fit(
-        EndsEpochs(), loader(), loader()
-    )
+    fit = trainer(tmp_path, Quantize(), ScaleFreeze(5, observe=4, freeze_after=None), max_epochs=1)
+    fit.fit(Watching(), loader(), loader())
     assert observing
     assert not any(observing)
 

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.core.hydra_config import HydraConfig
+from composed import config
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from omegaconf import OmegaConf
 
 from lq.callbacks import Quantize
 from lq.cli.deploy import attach_, inputs
-from lq.cli.main import register_resolvers
 from lq.cli.run import run
 from lq.cli.sensitivity import calibrate_
 from lq.cli.verify import verify_run
@@ -20,16 +17,6 @@ from lq.recipes.digits import MEAN, STD, DigitsClassifier, DigitsDataModule
 # of a pixel behind the hooks: white is (16 - MEAN) / STD
 WHITE = 0.1 * (16 - MEAN) / STD
 QUIET = ["trainer.enable_progress_bar=false", "model.width=8", "calib.batches=2"]
-
-
-def config(verb, folder, *overrides):
-    register_resolvers()
-    with initialize_config_module("lq.conf", version_base="1.3"):
-        cfg = compose(verb, [f"output_dir={folder}", "hydra.job.num=0", *overrides], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        OmegaConf.set_struct(cfg, False)
-        del cfg["hydra"]
-        return cfg
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from composed import config
 from hydra import compose, initialize_config_module
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
@@ -21,17 +21,6 @@ from lq.cli.sensitivity_options import Budget, methods_of, widths_of
 from lq.recipes.digits import DigitsClassifier
 
 QUIET = ["trainer.enable_progress_bar=false", "data.val_fraction=0.1", "calib=max", "calib.batches=2", "batches=2"]
-
-
-def config(verb, folder, *overrides):
-    register_resolvers()
-    with initialize_config_module("lq.conf", version_base="1.3"):
-        told = [f"output_dir={folder}", *overrides]
-        cfg = compose(verb, ["hydra.job.num=0", *told], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        OmegaConf.set_struct(cfg, False)
-        del cfg["hydra"]
-        return cfg
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
+import composed
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_module
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 import lq
 import lq.conf
 from lq.cli.check import check
-from lq.cli.main import register_resolvers
 from lq.cli.plain import instantiate
 from lq.cli.run import qat_epochs, run
 from lq.cli.sweep import CompareRuns
@@ -29,14 +28,7 @@ OPTIONS = {(path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")} - {(
 QUICK = ["schedule.epochs=1", "float_epochs=1", "trainer.enable_progress_bar=false"]
 
 
-def config(folder, *overrides):
-    register_resolvers()
-    with initialize_config_module("lq.conf", version_base="1.3"):
-        cfg = compose("run", [f"output_dir={folder}", "hydra.job.num=0", *overrides], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        OmegaConf.set_struct(cfg, False)
-        del cfg["hydra"]
-        return cfg
+config = partial(composed.config, "run")
 
 
 @pytest.fixture(scope="module")

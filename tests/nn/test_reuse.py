@@ -312,17 +312,9 @@ def test_one_input_of_three_layers_is_collected_once(shared, mode):
 
 def test_what_is_fed_again_itself_is_collected_again():
     """An input of the model, and no value in it: the same object in every run."""
-
-    class Twins(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.q(x) * self.k(x)
-
-    x = torch.randn(4, 8)
-    model = lq.quantize_(Twins(), target="tensorrt", args=x)
+    model, x = Attention(), torch.randn(4, 8)
+    model.norm = nn.Identity()
+    lq.quantize_(model, target="tensorrt", args=x)
     with lq.calibrating(model, method="mse"):
         for _ in range(3):
             model(x)
