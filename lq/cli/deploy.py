@@ -147,7 +147,8 @@ def attach_(trainer: Trainer, model: LightningModule, data: LightningDataModule)
 def inputs(model: LightningModule, data: LightningDataModule) -> Iterator[tuple[Any, ...]]:
     """What ``forward`` gets of each validation batch, by position; the model is one that a Trainer ran, or was attached to."""
     model.trainer.validating = True
-    for batch, _, dataloader_idx in CombinedLoader(data.val_dataloader(), "sequential"):
+    # `iter` starts the loaders once more, which draws a random number: the documented float models were trained after it
+    for batch, _, dataloader_idx in iter(CombinedLoader(data.val_dataloader(), "sequential")):
         yield by_position(model, transferred(model, batch, dataloader_idx))
 
 
