@@ -1,11 +1,14 @@
 """Fake quantization, forward and backward, against a copy, torch's own operators and, where they are installed, peers.
 
-    python benchmarks/fake_quant.py [--rounds 21] [--threads 1] [--device cuda] [--dtype bfloat16] [--gib 1] [--no-compile]
+    python benchmarks/fake_quant.py [--rounds 21] [--threads 1] [--reuse] [--device cuda] [--dtype bfloat16] [--gib 1]
+                                    [--no-compile]
 
 Forward reads a tensor and writes one, backward reads two and writes one: no implementation can be quicker than 2.5 copies of a
 tensor take, once it lies in memory and not in a cache. Columns: milliseconds forward, and forward and backward together; their
 ratio to torch's own operator (to the copies, where torch has none for the case); and ``bandwidth``: these 2.5 copies over the
-time that it took. ``multiply`` is the least that autograd can do. The last table is what a call costs that has next to no data.
+time that it took. ``multiply`` is the least that autograd can do. On a CPU most of it all is the system, which hands out fresh
+pages for each tensor of over 32 MiB; with ``--reuse`` memory that was freed is used again, as on a GPU. The last table is what a
+call costs that has next to no data.
 
 Peers belong into a virtual environment of their own: ``pip install -e . nvidia-modelopt requests huggingface_hub``.
 (pytorch-quantization needs a compiled extension that it does not bring for present Pythons.)
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import describe_machine, interleaved
+from timing import describe_machine, interleaved, reuse_memory
 from torch import Tensor
 
 import lq
@@ -179,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on cores that others use too, take fewer")
+    parser.add_argument("--reuse", action="store_true", help="on a CPU, use memory again that was freed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--no-compile", action="store_true")
@@ -187,6 +191,8 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
+    if arguments.reuse:
+        reuse_memory()
     print(describe_machine())
     for name, (x, contenders) in cases(arguments.device, dtype, arguments.gib, not arguments.no_compile).items():
         title = f"{name}, {'x'.join(map(str, x.shape))}, {arguments.dtype}"

@@ -1,15 +1,16 @@
 """A train step with fake quantization against the same step in float: time, memory, and how both grow.
 
     python benchmarks/qat_step.py [--rounds 15] [--no-compile] [--no-eager] [--large] [--grow] [--processes 1 2]
-                                  [--threads 1] [--device cuda] [--bf16] [--check]
+                                  [--threads 1] [--reuse] [--device cuda] [--bf16] [--check]
 
 A step is forward, backward and SGD with momentum, on random data. Networks: ResNet-20 on 128 images of 32 x 32, and an encoder
 of 4 layers of width 256 on 32 x 64 tokens. With ``--large``, for GPUs, they are ResNet-50 on 128 images of 224 x 224, channels
 last, and an encoder of 12 layers of width 768 on 64 x 512 tokens. Every convolution and linear layer quantizes its input per
-tensor and its weight per channel. All contenders of a table take turns in one process. Columns: the median of a step, the
-median of its ratio to the float step of the same turn, and the most memory that a step allocates, against float's. ``with
-QuantMonitor`` logs every 50th step, as the Trainer does; its ratio is spread over them. ``products`` multiplies by a number where
-the others quantize: one read and one write each way, less than which nothing can do. ``--grow`` prints the ratio against
+tensor and its weight per channel; with ``target tensorrt`` layers that take one tensor quantize it once, and the shortcuts of
+residual adds are quantized. All contenders of a table take turns in one process. Columns: the median of a step, the median of its
+ratio to the float step of the same turn, and the most memory that a step allocates, against float's. ``with QuantMonitor`` logs
+every 50th step, as the Trainer does; its ratio is spread over them. ``products`` multiplies by a number where the others
+quantize: one read and one write each way, less than which nothing can do. ``--grow`` prints the ratio against
 batch size, channels and layers, ``--processes`` under DDP. ``--check`` fails where a ratio has left wide bounds, in less than a
 minute.
 
@@ -28,7 +29,7 @@ import torch
 from fake_quant import integers, measure
 from monitor import EVERY, Module, watched
 from networks import EncoderLayer
-from timing import describe_machine, timed
+from timing import describe_machine, reuse_memory, timed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -89,9 +90,9 @@ def step(model: nn.Module, x: Tensor, teacher: nn.Module | None = None, bf16: bo
     return run
 
 
-def quantized(model: nn.Module, x: Tensor) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, target: str | None = None) -> nn.Module:
     """A calibrated copy."""
-    model = lq.quantize_(copy.deepcopy(model))
+    model = lq.quantize_(copy.deepcopy(model), target=target, args=x)
     with lq.calibrating(model):
         model(x)
     return model.train()
@@ -148,7 +149,9 @@ def steps(name: str, model: nn.Module, x: Tensor, device: str, compiled: bool, r
     """A table of contenders."""
     model, x = model.to(device).train(), x.to(device)
     models, teacher = {"float": model, "lq": quantized(model, x)}, copy.deepcopy(model).eval()
+    models["lq, target tensorrt"] = quantized(model, x, "tensorrt")
     models["lq, recomputing"] = recompute_(copy.deepcopy(models["lq"]))
+    models["lq, target tensorrt, recomputing"] = recompute_(copy.deepcopy(models["lq, target tensorrt"]))
     if not compiled:
         models["products"] = multiplying(models["lq"])
     if PEER and not compiled:  # in compiled code they break the graph at each quantizer
@@ -240,11 +243,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[], help="numbers of DDP processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on cores that others use too, take fewer")
+    parser.add_argument("--reuse", action="store_true", help="on a CPU, use memory again that was freed")
     parser.add_argument("--bf16", action="store_true", help="under autocast")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
+    if arguments.reuse:
+        reuse_memory()
     print(describe_machine())
     if arguments.check:
         sys.exit(check())

@@ -1,5 +1,6 @@
 """How the benchmarks time: contenders by turns in one process, medians, ratios. Shared machines drift, ratios do not."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,21 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def reuse_memory() -> None:
+    """Have glibc keep memory that was freed, as torch's allocator for GPUs does.
+
+    By default it gives large tensors back, and the system hands out pages anew, filled with zeros, at each touch. A job has the
+    same of ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`` in its environment.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1)):
+        raise OSError("Memory is not glibc's to keep here: leave `--reuse` out.")
 
 
 def describe_machine() -> str:

@@ -4,6 +4,7 @@ Bounds belong to the range. Comparing and masking take five times as long on a C
 tensor with two numbers and masks another in one go.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,57 +13,61 @@ from torch import Tensor
 from lq.functional import fused
 from lq.functional.operators import Function, define
 
+# two numbers to compare with, in the dtype that kernels compare in: an operator less to call than with the bounds as tensors
+_between: Function = torch.ops.aten.hardtanh_backward.default
+
 _SUBNORMAL = torch.tensor(1e-40, device="cpu")
+
+
+@cache
+def _numbers(dtype: torch.dtype) -> tuple[float, float, float]:
+    """The step at 1, the least number above 0, and the least where ``torch.set_flush_denormal(True)`` has less count as 0."""
+    numbers, compared = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
+    least = numbers.smallest_normal * numbers.eps
+    return compared.eps, least, max(least, compared.smallest_normal)
 
 
 def _smallest(dtype: torch.dtype) -> float:
     """Least number above 0 that kernels tell from it."""
-    numbers = torch.finfo(dtype)
-    least = numbers.smallest_normal * numbers.eps
-    if bool(_SUBNORMAL > 0):
-        return least
-    # torch.set_flush_denormal(True): what is less counts as 0
-    return max(least, torch.finfo(torch.promote_types(dtype, torch.float32)).smallest_normal)
+    _, subnormal, normal = _numbers(dtype)
+    return subnormal if _SUBNORMAL.item() > 0 else normal
 
 
-def _between(grad: Tensor, x: Tensor, low: float, high: float, result: Tensor) -> Tensor:
-    """``grad`` where ``low < x < high``, else 0, in ``result``."""
-    torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=result)
-    return result
-
-
-def _step(bound: Tensor) -> tuple[float, float]:
-    """A number, and what leads to the next one, up or down, in the dtype that kernels compare in: float32, or float64."""
-    value, dtype = float(bound.item()), torch.promote_types(bound.dtype, torch.float32)
-    return value, max(0.6 * abs(value) * torch.finfo(dtype).eps, _smallest(dtype))
+def _beyond(bound: Tensor, dtype: torch.dtype, sign: int) -> float:
+    """The number behind a bound, up or down: what comparisons that leave out their bounds are made with."""
+    value = (bound if bound.dtype is dtype else bound.to(dtype)).item()
+    return value + sign * max(0.6 * abs(value) * _numbers(dtype)[0], _smallest(dtype))
 
 
 def _within_range(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``grad`` where ``low <= x <= high``, else 0."""
+    if x.is_cpu and low.numel() == high.numel() == 1:
+        return _between(grad, x, _beyond(low, x.dtype, -1), _beyond(high, x.dtype, 1))
     if (at_once := fused.masked(grad, x, low, high)) is not None:
         return at_once
-    result, low, high = torch.empty_like(grad), low.to(x.dtype), high.to(x.dtype)
-    if x.device.type == "cpu" and low.numel() == high.numel() == 1:
-        (lowest, down), (highest, up) = _step(low), _step(high)
-        return _between(grad, x, lowest - down, highest + up, result)
-    torch.maximum(x, low, out=result)
-    changed = torch.minimum(result, high, out=result).sub_(x)
-    return _between(grad, changed, -_smallest(x.dtype), _smallest(x.dtype), result)
+    result = torch.maximum(x, low.to(x.dtype))
+    changed = torch.minimum(result, high.to(x.dtype), out=result).sub_(x)
+    return _masked(grad, changed, _smallest(x.dtype))
 
 
 def _within_amax(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tensor:
     """``grad`` where ``-amax <= x <= amax`` (``0 <= x <= amax`` if unsigned), else 0."""
+    if x.is_cpu and amax.numel() == 1:
+        highest = _beyond(amax, x.dtype, 1)
+        return _between(grad, x, -_smallest(x.dtype) if unsigned else -highest, highest)
     if (at_once := fused.masked(grad, x, None, amax, ratio=-1.0 * (not unsigned))) is not None:
         return at_once
-    result, amax = torch.empty_like(grad), amax.to(x.dtype)
-    if x.device.type == "cpu" and amax.numel() == 1:
-        highest, up = _step(amax)
-        return _between(grad, x, -_smallest(x.dtype) if unsigned else -highest - up, highest + up, result)
+    amax = amax.to(x.dtype)
     if unsigned:
         return _within_range(grad, x, torch.zeros_like(amax), amax)
     # the quotient lies above 1 where x lies above amax: further than what rounds to 1
-    above = 1 + torch.finfo(x.dtype).eps
-    return _between(grad, torch.div(x, amax.clamp_min(_smallest(x.dtype)), out=result), -above, above, result)
+    return _masked(grad, torch.div(x, amax.clamp_min(_smallest(x.dtype))), 1 + torch.finfo(x.dtype).eps)
+
+
+def _masked(grad: Tensor, x: Tensor, bound: float) -> Tensor:
+    """``grad`` where ``-bound < x < bound``, else 0, in the memory of ``x``."""
+    torch.ops.aten.hardtanh_backward.grad_input(grad, x, -bound, bound, grad_input=x)
+    return x
 
 
 # both are linear in the gradient, and so their own gradients

@@ -27,6 +27,7 @@ def define(schema: str, kernel: Function, gradient: Function) -> Function:
         The operator, to be called: past torch's dispatcher where nothing would look on there.
     """
     name = schema.partition("(")[0]
+    tensors = schema.partition("->")[0].count("Tensor ")
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     operator: Function = getattr(torch.ops.lq, name).default
 
@@ -34,34 +35,32 @@ def define(schema: str, kernel: Function, gradient: Function) -> Function:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
+    def differentiable(function: Function, args: tuple[Any, ...]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*args)
+        # a few arguments: torch looks at each of them in turn
+        result: Tensor = _Differentiable.apply(args[0], function, gradient, tensors, args)  # type: ignore[no-untyped-call]
+        return result
+
     def call(*args: Any) -> Tensor:
-        return _differentiable(kernel, gradient, args) if is_unobserved(args[0]) else operator(*args)
+        return differentiable(kernel, args) if is_unobserved(args[0]) else operator(*args)
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, lambda *args: _differentiable(below_autograd, gradient, args), "Autograd")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, lambda *args: differentiable(below_autograd, args), "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"lq::{name}", lambda first, *others: torch.empty_like(first), lib=_LIBRARY)
     return call
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Function, gradient: Function, *args: Any) -> Tensor:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        ctx.save_for_backward(*tensors)
-        ctx.gradient, ctx.others = gradient, args[len(tensors) :]
+    def forward(ctx: Any, first: Tensor, function: Function, gradient: Function, tensors: int, args: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(*args[:tensors])
+        ctx.gradient, ctx.others = gradient, args[tensors:]
         return function(*args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradient = ctx.gradient(grad, *ctx.saved_tensors, *ctx.others)
-        return None, None, gradient, *[None] * (len(ctx.needs_input_grad) - 3)
-
-
-def _differentiable(function: Function, gradient: Function, args: tuple[Any, ...]) -> Tensor:
-    if not torch.is_grad_enabled():
-        return function(*args)
-    result: Tensor = _Differentiable.apply(function, gradient, *args)  # type: ignore[no-untyped-call]
-    return result
+        return ctx.gradient(grad, *ctx.saved_tensors, *ctx.others), None, None, None, None
 
 
 def is_unobserved(x: Tensor) -> bool:
