@@ -33,8 +33,10 @@ ELSEWHERE = {
 TRAINED_IN = ("32-true", "16-mixed", "bf16-mixed")
 
 
-def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, callbacks: dict[str, Callback]) -> Quantize:
-    """Find out what cannot work; returns the callback that quantizes."""
+def check(
+    cfg: DictConfig, data: LightningDataModule, model: LightningModule, callbacks: dict[str, Callback], alone: str | None = None
+) -> Quantize:
+    """Find out what cannot work; returns the callback that quantizes. What is ``alone`` runs in one process."""
     quantize = callbacks.get("quantize")
     if not isinstance(quantize, Quantize):
         raise ValueError(f"`callbacks.quantize` is {quantize}: `lq` needs a lq.callbacks.Quantize there.")
@@ -49,6 +51,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
             "stage with them. The callbacks alone do without."
         )
     trainer = checked_trainer(cfg, callbacks)
+    if alone is not None and trainer.world_size > 1:
+        raise ValueError(f"`trainer` has {trainer.world_size} processes, and {alone} runs in one: use trainer=default.")
     check_callbacks(trainer, model, callbacks, quantize)
     if quantize.target is not None and model.example_input_array is None:
         data.prepare_data()
@@ -62,6 +66,8 @@ def check(cfg: DictConfig, data: LightningDataModule, model: LightningModule, ca
 def check_keys(cfg: DictConfig) -> None:
     """Refuse what nobody reads: Hydra looks at the keys of overrides, and not at those of files."""
     for group, option in COMPLETE.items():
+        if group not in cfg:
+            continue
         complete = OmegaConf.create((files("lq.conf") / group / f"{option}.yaml").read_text(encoding="utf-8"))
         known, given = list(map(str, complete)), dict(OmegaConf.to_container(cfg[group]))  # type: ignore[arg-type]
         for key, value in given.items():

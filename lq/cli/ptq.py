@@ -56,8 +56,6 @@ def run_ptq(
     console.rule("Post-training quantization")
     loggers = list(instantiate(cfg.logger).values())
     trainer: Trainer = instantiate(cfg.trainer, max_epochs=1, logger=loggers, enable_checkpointing=False)
-    if trainer.world_size > 1:
-        raise ValueError(f"`trainer` has {trainer.world_size} processes, and ptq runs in one: use trainer=default.")
     data.prepare_data()
     data.setup("fit")
     attach_(trainer, model, data)

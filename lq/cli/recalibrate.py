@@ -13,6 +13,7 @@ from lq.analysis.tables import Table, layer_table
 from lq.calib import Calibrator, read_statistics
 from lq.calibration import amaxs_by_name, ranges_by_name, suits
 from lq.checkpoint import read_checkpoint
+from lq.cli.check import check_keys
 from lq.cli.outputs import prepare_folder
 from lq.methods import check_options, choices_by_name
 from lq.staged import staged
@@ -20,6 +21,7 @@ from lq.staged import staged
 
 def recalibrate(cfg: DictConfig) -> None:
     """Give every quantizer of a checkpoint the amax that ``calib`` chooses from the statistics of its run."""
+    check_keys(cfg)
     settings: Any = OmegaConf.to_container(cfg.calib, resolve=True)
     method, options = settings["method"], settings["options"]
     check_options(method, options)

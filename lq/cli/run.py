@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     callbacks: dict[str, Callback] = {k: v for k, v in instantiate(cfg.callbacks).items() if v is not None}
     # everything that the config can get wrong shows here, before any training
     ptq: QuantizationConfig | None = instantiate(cfg.ptq) if cfg.ptq._target_ else None
-    quantize = check(cfg, data, model, callbacks)
+    quantize = check(cfg, data, model, callbacks, alone=None if ptq is None else "ptq")
     if ptq is not None:
         check_ptq(cfg, ptq)
 

@@ -119,7 +119,7 @@ def checked(cfg: DictConfig, data: LightningDataModule, model: LightningModule) 
     for name, least in {"batches": 1, "worst": 0, "budgets": 2}.items():
         if not isinstance(cfg[name], int) or cfg[name] < least:
             raise ValueError(f"`{name}` is {cfg[name]}: give a whole number from {least} on.")
-    check(cfg, data, model, {"quantize": quantize_of(cfg)})
+    check(cfg, data, model, {"quantize": quantize_of(cfg)}, alone="sensitivity")
     check_target(cfg.export.target, [QuantRule("*", QuantDescriptor(num_bits=b)) for b in widths_of(cfg)])
     return None if cfg.budget is None else Budget.read(cfg.budget)
 
@@ -152,7 +152,5 @@ def calibrate_(cfg: DictConfig, model: LightningModule, data: LightningDataModul
     options = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0, "max_epochs": 1}
     calibrated = Calibrated(cfg.batches)
     trainer: Trainer = instantiate(cfg.trainer, **options, callbacks=[quantize_of(cfg), calibrated])
-    if trainer.world_size > 1:
-        raise ValueError(f"`trainer` has {trainer.world_size} processes, and sensitivity runs in one: use trainer=default.")
     trainer.fit(model, datamodule=data)
     return trainer, calibrated.batches

@@ -86,6 +86,7 @@ def test_a_quantizer_of_several_layers_changes_under_all_of_its_names(tmp_path):
         ),
         (["stats={kept}/statistics.safetensors", "ckpt_path=float.pt"], "float.pt has no amax for `stem.0.input`"),
         (["stats={kept}/statistics.safetensors", "calib.options.percentile=200"], "`percentile` is 200"),
+        (["stats={kept}/statistics.safetensors", "+calib.methods=mse"], "nothing reads it: the closest is `calib.method`"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_message_and_nothing_is_written(tmp_path, kept, told, words):

@@ -67,6 +67,7 @@ def test_verify(finished, tmp_path):
         (["ptq=mct", "quant.overrides=[{pattern: head}]"], "`quant.overrides=[{pattern: head}]` has no effect"),
         (["ptq=mct", "calib=percentile"], "`calib=percentile` has no effect"),
         (["ptq=mct", "rescale.alpha=0.7"], "`rescale.alpha=0.7` has no effect"),
+        (["ptq=mct", "trainer=ddp_cpu"], "`trainer` has 2 processes, and ptq runs in one: use trainer=default"),
     ],
 )
 def test_what_cannot_be_is_said_before_training(tmp_path, told, message):
