@@ -94,7 +94,8 @@ def load_calib_amax_(model: M, method: Method = "max", *, momentum: float = 0.0,
     if unseen and strict:
         raise ValueError(
             f"{len(unseen)} of {len(roles)} quantizers saw no calibration data: {', '.join(unseen[:10])}. Run batches "
-            "through the model, or leave layers that it never calls out with a rule without descriptors."
+            "that reach them through the model (in a fit override `Quantize.calibration_step`), or leave out what it never calls "
+            "with a rule without descriptors."
         )
     choices = choices_by_name(roles, method, options)
     check_affine_methods(((name, quantizer) for name, (quantizer, _) in roles.items()), choices)

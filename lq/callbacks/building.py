@@ -12,6 +12,8 @@ from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lq.nn.tensor_quantizer import TensorQuantizer
+
 
 def build(trainer: Trainer, pl_module: LightningModule) -> None:
     """Have the model exist already in a callback's ``setup``, also if ``configure_model`` builds it.
@@ -50,6 +52,15 @@ def all_callbacks(trainer: Trainer) -> Iterator[Callback]:
     """The trainer's callbacks, those that are made of parts taken apart."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from getattr(callback, "parts", [callback])
+
+
+def warn_if_unquantized(callback: Callback, pl_module: LightningModule) -> None:
+    """Say that a callback that is about quantizers will find none."""
+    if not any(isinstance(module, TensorQuantizer) for module in pl_module.modules()):
+        rank_zero_warn(
+            f"{type(callback).__name__} finds no quantizers in {type(pl_module).__name__}, which is in float: put `Quantize` "
+            "among the callbacks, or call `lq.quantize_` before the fit."
+        )
 
 
 def averages(trainer: Trainer) -> list[WeightAveraging]:

@@ -98,7 +98,8 @@ def _remedied(what: str) -> Iterator[None]:
         yield
     # a wrong number of elements to unpack is a ValueError; calibration has its own when all batches are through
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise MisconfigurationException(f"{what}: {type(error).__name__}: {error}. {REMEDY}") from error
+        first = next(iter(str(error).splitlines()), "")  # torch goes on with the signatures that it knows
+        raise MisconfigurationException(f"{what}: {type(error).__name__}: {first}. {REMEDY}") from error
 
 
 @contextmanager
@@ -169,11 +170,11 @@ def example_of(trainer: Trainer, pl_module: LightningModule, step: Callable[[Lig
     with untouched_data(loop._data_source.dataloader()) as loaders:
         for batch, _, _ in CombinedLoader(loaders, "max_size_cycle" if trainer.training else "sequential"):
             with evaluating(pl_module):
-                return _first_inputs(pl_module, step, transferred(pl_module, batch))
+                return first_inputs(pl_module, step, transferred(pl_module, batch))
     raise MisconfigurationException("The dataloader gave no batch.")
 
 
-def _first_inputs(pl_module: LightningModule, step: Callable[[LightningModule, Any], None], batch: Any) -> Example:
+def first_inputs(pl_module: LightningModule, step: Callable[[LightningModule, Any], None], batch: Any) -> Example:
     """What the module's first forward takes when ``step`` runs it on a batch."""
     found: list[Example] = []
     hook = pl_module.register_forward_pre_hook(lambda module, *inputs: found.append(inputs), with_kwargs=True)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lq.calib import gather
 from lq.calibration import load_calib_amax_, merge_statistics_, observe_, stop_observing_
-from lq.callbacks.building import refuse_swa
+from lq.callbacks.building import refuse_swa, warn_if_unquantized
 from lq.callbacks.steps import in_steps, step_of
 from lq.methods import Method, check_options
 from lq.nn import TensorQuantizer
@@ -78,6 +78,7 @@ class ScaleFreeze(Callback):
             refuse_swa(trainer, "estimates BatchNorm statistics anew at the end, which ScaleFreeze has frozen by then")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_if_unquantized(self, pl_module)
         self._every = in_steps(trainer, self.refresh_every, "refresh_every")
         self._freeze = in_steps(trainer, self.freeze_after, "freeze_after")
         restored, self._restored = self._restored, []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lq.analysis.quantizer_stats import QuantizerStats, decibels, measuring
 from lq.calib import HistogramCalibrator
+from lq.callbacks.building import warn_if_unquantized
 from lq.callbacks.quantize import Quantize
 from lq.surgery import named_quantizers
 
@@ -60,6 +61,7 @@ class QuantMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged, self._amax, self._warned = None, {}, set()
+        warn_if_unquantized(self, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 log_histograms(logger, pl_module, trainer.global_step)

@@ -80,7 +80,7 @@ class QuantizationAwareTraining(Callback):
             monitor or QuantMonitor(),
         ]
         if export is not None:
-            self.parts.append(OnnxExport(export, target=self.quantize.target or "tensorrt"))
+            self.parts.append(OnnxExport(export))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         mine = {name: kind for name, kind in GIVEN.items() if any(isinstance(part, kind) for part in self.parts)}

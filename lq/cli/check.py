@@ -23,6 +23,8 @@ from lq.surgery import named_quantizers, quantize_
 
 # Groups that `lq` reads by itself, each with the option that has all of their keys.
 COMPLETE = {"schedule": "cosine", "calib": "default", "rescale": "smoothquant", "export": "onnx"}
+# What `lq` and its rules read of a group that may have more.
+QUANT = ("name", "input", "weight", "rules", "overrides")
 # What a run gives its Trainers itself, and where it takes it from.
 ELSEWHERE = {
     "max_epochs": "set schedule.epochs, of fine-tuning, and float_epochs",
@@ -65,6 +67,12 @@ def check(
 
 def check_keys(cfg: DictConfig) -> None:
     """Refuse what nobody reads: Hydra looks at the keys of overrides, and not at those of files."""
+    if "ptq" in cfg and not cfg.ptq._target_ and len(cfg.ptq) > 1:
+        raise ValueError(f"`ptq.{list(cfg.ptq)[1]}` is set, and ptq=none reads none of it: choose ptq=mct.")
+    for name in cfg.get("quant", {}):
+        # others may be there, for `${...}`
+        if name not in QUANT and (meant := difflib.get_close_matches(str(name), QUANT, n=1, cutoff=0.75)):
+            raise ValueError(f"`quant.{name}` is {cfg.quant[name]!r}, and nothing reads it: is `quant.{meant[0]}` meant?")
     for group, option in COMPLETE.items():
         if group not in cfg:
             continue

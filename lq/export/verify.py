@@ -16,7 +16,7 @@ from lq.export.difference import RuntimeDifference, Totals, predict
 from lq.export.runtime import OnnxModel
 from lq.nn import QuantInputMixin, QuantMixin
 from lq.nn.evaluating import evaluating
-from lq.nn.example import as_args, on_device_of
+from lq.nn.example import on_device_of, positional_inputs
 from lq.surgery import named_quantizers
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def verify(
             f"`{pending[0]}` ({len(pending)} quantizers in all) has no amax, so the model computes in float there: calibrate it, "
             "or load the checkpoint that the file was exported from."
         )
+    if isinstance(batches, Tensor):
+        raise ValueError("`batches` is one tensor, of which each row would be a batch: give a list, `batches=[images]`.")
     runtimes = _runtimes(onnx, plan)
     totals = {name: Totals(class_axis) for name in runtimes}
     predictions: list[Tensor] = []
@@ -152,8 +154,8 @@ def _runner(batch: Any, feed: Callable[[Any], Mapping[str, Tensor]] | None) -> C
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    inputs = on_device_of(model, batch)
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(*as_args(inputs))
+    named = on_device_of(model, batch) if isinstance(batch, Mapping) else {}
+    output = model(**named) if named else model(*positional_inputs(model, batch))
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

@@ -4,6 +4,7 @@ Bounds belong to the range. Comparing and masking take five times as long on a C
 tensor with two numbers and masks another in one go.
 """
 
+import math
 from functools import cache
 from typing import Any
 
@@ -20,23 +21,25 @@ _SUBNORMAL = torch.tensor(1e-40, device="cpu")
 
 
 @cache
-def _numbers(dtype: torch.dtype) -> tuple[float, float, float]:
-    """The step at 1, the least number above 0, and the least where ``torch.set_flush_denormal(True)`` has less count as 0."""
+def _numbers(dtype: torch.dtype) -> tuple[float, float]:
+    """The least number above 0, and the least where ``torch.set_flush_denormal(True)`` has less count as 0."""
     numbers, compared = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
-    least = numbers.smallest_normal * numbers.eps
-    return compared.eps, least, max(least, compared.smallest_normal)
+    # float64's least is less than what is flushed
+    least = numbers.smallest_normal * numbers.eps or math.ulp(0.0)
+    return least, max(least, compared.smallest_normal)
 
 
 def _smallest(dtype: torch.dtype) -> float:
     """Least number above 0 that kernels tell from it."""
-    _, subnormal, normal = _numbers(dtype)
-    return subnormal if _SUBNORMAL.item() > 0 else normal
+    return _numbers(dtype)[_SUBNORMAL.item() == 0]
 
 
 def _beyond(bound: Tensor, dtype: torch.dtype, sign: int) -> float:
     """The number behind a bound, up or down: what comparisons that leave out their bounds are made with."""
     value = (bound if bound.dtype is dtype else bound.to(dtype)).item()
-    return value + sign * max(0.6 * abs(value) * _numbers(dtype)[0], _smallest(dtype))
+    compared = torch.finfo(torch.promote_types(dtype, torch.float32))
+    beyond = value + sign * max(0.6 * abs(value) * compared.eps, _smallest(dtype))
+    return beyond if abs(beyond) <= compared.max else sign * math.inf
 
 
 def _within_range(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -65,7 +68,10 @@ def _within_amax(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tenso
 
 
 def _masked(grad: Tensor, x: Tensor, bound: float) -> Tensor:
-    """``grad`` where ``-bound < x < bound``, else 0, in the memory of ``x``."""
+    """``grad`` where ``-bound < x < bound``, else 0; in the memory of ``x``, where that is laid out as the result is to be."""
+    # batched gradients (``is_grads_batched``) have no operators that write into memory that is there
+    if grad.stride() != x.stride() or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"):
+        return _between(grad, x, -bound, bound)
     torch.ops.aten.hardtanh_backward.grad_input(grad, x, -bound, bound, grad_input=x)
     return x
 

@@ -83,6 +83,8 @@ def fake_quant_learned(
     (LSQ: Esser et al., 2020, arXiv:1902.08153, eq. 3); with amax by :math:`1 / Q_P` of that, summed over what shares it. That of
     ``inputs`` passes within the range, as ever.
 
+    Outside of ``torch.func`` and ``torch.compile`` there are no second gradients.
+
     Without ``rounding`` the first of the three is 0: amax learns only from what it clips (PACT: Choi et al., 2018,
     arXiv:1805.06085, eq. 3).
 

@@ -27,13 +27,14 @@ def define(schema: str, kernel: Function, gradient: Function) -> Function:
         The operator, to be called: past torch's dispatcher where nothing would look on there.
     """
     name = schema.partition("(")[0]
-    tensors = schema.partition("->")[0].count("Tensor ")
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    operator: Function = getattr(torch.ops.lq, name).default
+    operator: Any = getattr(torch.ops.lq, name).default
+    tensors = [str(argument.type) for argument in operator._schema.arguments].count("Tensor")
 
     def below_autograd(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
+            result: Tensor = operator(*args)
+            return result
 
     def differentiable(function: Function, args: tuple[Any, ...]) -> Tensor:
         if not torch.is_grad_enabled():
@@ -81,3 +82,8 @@ def in_pieces() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return is_fused()
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def saves_elsewhere() -> bool:
+    """Whether somebody looks after the tensors that are saved for the backward pass: ``torch.utils.checkpoint``, say."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

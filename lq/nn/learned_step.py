@@ -73,7 +73,7 @@ class LearnedStep:
         assert isinstance(desc.num_bits, int)
         # LSQ, section 2.2: N is the number of weights that share a step, or of the values that do in a sample
         of_weight = self._of_weight or desc.normalize or isinstance(inputs, nn.Parameter)
-        samples = 1 if of_weight else len(inputs)
+        samples = 1 if of_weight or not inputs.dim() else len(inputs)
         features = inputs.numel() // max(amax.numel() * samples, 1)
         unsigned = desc.unsigned or desc.affine
         factor = gradient_scale(max(features, 1), desc.num_bits, unsigned) if desc.learn_amax == "lsq" else 1.0

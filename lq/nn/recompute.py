@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lq.functional.fake_quant import fake_quant
-from lq.functional.operators import in_pieces, is_unobserved
+from lq.functional.operators import in_pieces, is_unobserved, saves_elsewhere
 
 if TYPE_CHECKING:
     from lq.nn.tensor_quantizer import TensorQuantizer
@@ -95,7 +95,7 @@ def keeping_less(*tensors: "tuple[TensorQuantizer, Tensor, Tensor]") -> Abstract
     made = [_made(*each) for each in tensors if _is_made_again(*each[1:])]
     agains = {memory: again for memory, again in made if again is not None}
     # only the innermost hooks are called, and those around have plans of their own
-    if not agains or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if not agains or saves_elsewhere():
         return nullcontext()
 
     def pack(saved: Tensor) -> Any:

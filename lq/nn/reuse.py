@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.gradient import within_amax
-from lq.functional.operators import in_pieces, is_unobserved
+from lq.functional.operators import in_pieces, is_unobserved, saves_elsewhere
 
 if TYPE_CHECKING:
     from lq.nn.tensor_quantizer import TensorQuantizer
@@ -76,7 +76,8 @@ class LastResult(_Forgetful):
         """What ``x`` became by the amax that is ``held``, if it is what came last."""
         # read at once: other threads may set it
         last = self._last
-        if last is None or last[0]() is not x or last[1].held is not held:
+        # what is computed again for the backward pass must save what it saved before
+        if last is None or saves_elsewhere() or last[0]() is not x or last[1].held is not held:
             return None
         return last[1].take() if last[1].key == self._key(x, held, key) else None
 
@@ -94,12 +95,14 @@ class LastResult(_Forgetful):
     def set(self, x: Tensor, result: Tensor, held: Tensor, key: tuple[Any, ...]) -> None:
         """Remember; but not for a leaf, of which there may be another backward when the graph behind the result is gone."""
         self._last = None
+        if saves_elsewhere():
+            return
         if x.grad_fn is not None or not x.requires_grad:
             last = _Last(result, held, self._key(x, held, key), self.layers)
             self._last = weakref.ref(x, lambda gone: self._drop(last)), last
 
     def _key(self, x: Tensor, held: Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:
-        return x._version, held._version, torch.is_grad_enabled(), *key
+        return x._version, held._version, x.requires_grad, torch.is_grad_enabled(), *key
 
     def _drop(self, last: _Last) -> None:
         if self._last is not None and self._last[1] is last:

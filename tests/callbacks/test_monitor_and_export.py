@@ -4,6 +4,7 @@ import warnings
 from contextlib import contextmanager
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lq
 from lq.analysis import measuring
-from lq.callbacks import OnnxExport, QuantizationAwareTraining, Quantize, QuantMonitor, monitor
+from lq.callbacks import OnnxExport, QuantizationAwareTraining, Quantize, QuantMonitor, ScaleFreeze, monitor
 from lq.descriptor import QuantDescriptor
 from lq.export import OnnxModel
 from tiny import DictBatches, EndsEpochs, Tiny, dataset, loader, trainer
@@ -300,6 +301,60 @@ def test_the_graph_is_written_when_the_fit_ends(tmp_path, module):
     x = dataset().tensors[0][:2]
     (output,) = OnnxModel(tmp_path / "model.onnx")(x, *([] if module is Tiny else [torch.ones(2, 6)]))
     np.testing.assert_allclose(output.numpy(), model.eval()(x).detach().numpy(), atol=1e-5)
+
+
+class Nested(Tiny):
+    """Batches that only a `calibration_step` of one's own can unpack."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["deep"]["x"], batch["y"]), batch_idx)
+
+    validation_step = None
+
+
+class QuantizeNested(Quantize):
+    def calibration_step(self, pl_module, batch):
+        pl_module(batch["deep"]["x"])
+
+
+def nested():
+    return DataLoader([{"deep": {"x": x}, "y": y} for x, y in dataset()], batch_size=4)
+
+
+def test_the_graph_takes_what_calibration_gives(tmp_path, capsys):
+    model, quantize = Nested(), QuantizeNested(target="onnxruntime")
+    export = OnnxExport(tmp_path / "model.onnx")
+    trainer(tmp_path, quantize, export, max_epochs=1).fit(model, nested())
+    x = dataset().tensors[0][:2]
+    graph = OnnxModel(tmp_path / "model.onnx")
+    np.testing.assert_allclose(graph(x)[0].numpy(), model.eval()(x).detach().numpy(), atol=1e-5)
+    kinds = {tensor.data_type for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert onnx.TensorProto.UINT8 in kinds  # as `target` of Quantize wants it
+
+
+def test_what_cannot_be_exported_shows_in_the_first_step(tmp_path):
+    model = Nested()
+    lq.quantize_(model)
+    with lq.calibrating(model):
+        model(dataset().tensors[0])
+    with pytest.raises(MisconfigurationException, match=r"does not run through Nested.*Override `Quantize\.calibration_step"):
+        trainer(tmp_path, OnnxExport(tmp_path / "model.onnx"), max_epochs=5).fit(model, nested())
+    assert len(model.trained_on) == 1
+
+
+def test_the_inputs_of_the_graph_are_said(tmp_path, caplog):
+    rows = [{"x": x, "mask": torch.ones(6), "y": y} for x, y in dataset()]
+    with caplog.at_level("INFO"):
+        callback = QuantizationAwareTraining(export=tmp_path / "model.onnx")
+        trainer(tmp_path, callback, max_epochs=1).fit(DictBatches(), DataLoader(rows, batch_size=4))
+    assert "model.onnx, with the inputs x, mask" in caplog.text
+
+
+@pytest.mark.parametrize("callback", [ScaleFreeze, QuantMonitor, OnnxExport])
+def test_a_module_without_quantizers_is_told(tmp_path, callback):
+    made = callback(tmp_path / "model.onnx") if callback is OnnxExport else callback()
+    with pytest.warns(UserWarning, match=f"{callback.__name__} finds no quantizers in Tiny"):
+        trainer(tmp_path, made, max_epochs=1).fit(Tiny(), loader())
 
 
 def test_a_missing_folder_is_refused_before_training(tmp_path):

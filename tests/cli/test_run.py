@@ -419,6 +419,8 @@ def test_bad_values_are_refused_before_training(tmp_path, told, message):
         ("calib: {batchs: 4}", "the closest is `calib.batches`"),
         ("rescale: {alhpa: 0.5}", "the closest is `rescale.alpha`"),
         ("export: {class_axes: 1}", "the closest is `export.class_axis`"),
+        ("quant: {overides: []}", "`quant.overides` is .*, and nothing reads it: is `quant.overrides` meant"),
+        ("ptq: {activation_n_bits: 4}", "`ptq.activation_n_bits` is set, and ptq=none reads none of it: choose ptq=mct"),
     ],
 )
 def test_keys_of_a_file_that_nothing_reads_are_refused(tmp_path, text, message):

@@ -113,6 +113,14 @@ def test_keyword_batches_single_logit_and_two_outputs(tmp_path):
     assert result.onnxruntime.outputs[0].step == pytest.approx(float(small.input_quantizer.amax / 127 * largest), rel=1e-6)
 
 
+def test_batches_that_are_none(exported):
+    model, path, *_ = exported
+    with pytest.raises(ValueError, match=r"`batches` is one tensor.*batches=\[images\]"):
+        lq.export.verify(model, path, batches=torch.randn(4, 8))
+    with pytest.raises(TypeError, match=r"A batch of 2 does not fit the forward of .*: leave labels out"):
+        lq.export.verify(model, path, batches=[(torch.randn(4, 8), torch.zeros(4))])
+
+
 def test_feed_maps_a_batch_to_inputs(exported):
     model, path, batches = exported
     (name,) = OnnxModel(path).inputs

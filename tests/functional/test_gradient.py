@@ -95,6 +95,43 @@ def test_gradients_keep_their_layout():
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("shape", [(), (1, 3, 1, 1)])
+def test_operators_say_how_gradients_are_laid_out(shape, unsigned):
+    amax, images = torch.rand(shape) + 0.5, torch.randn(2, 3, 4, 5)
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for outer, x in ((images, last), (last, images), (last, last)):
+        outer = outer.clone().requires_grad_()
+        torch.library.opcheck(torch.ops.lq.fake_quant_backward.default, (outer, x, amax, unsigned))
+        torch.library.opcheck(torch.ops.lq.fake_quant_affine_backward.default, (outer, x, -amax, amax))
+
+
+@pytest.mark.parametrize("form", [FORMS["integers"], FORMS["channels"]], ids=["integers", "channels"])
+def test_batched_gradients(form):
+    x, grads = torch.randn(3, 5, requires_grad=True), torch.randn(4, 3, 5)
+    (found,) = torch.autograd.grad(form(x), x, grads, is_grads_batched=True)
+    assert torch.equal(found, torch.stack([torch.autograd.grad(form(x), x, grad)[0] for grad in grads]))
+
+
+def test_bounds_that_have_no_number_behind_them():
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([-largest, 0.0, largest], requires_grad=True)
+    for y in (fake_quant(x, torch.tensor(largest), 8, False, True), fake_affine_tensor_quant(x, -largest / 2, largest)):
+        assert torch.autograd.grad(y.sum(), x)[0][1:].tolist() == [1.0, 1.0]
+
+
+def test_what_was_flushed_once_is_not_flushed_for_ever():
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    for flush in (True, False, True):
+        torch.set_flush_denormal(flush)
+        try:
+            assert torch.autograd.grad(fake_quant(x, AMAX, 8, True, True).sum(), x)[0].tolist() == [1.0, 1.0]
+        finally:
+            torch.set_flush_denormal(False)
+        gradient = torch.autograd.grad(fake_quant(x, AMAX * 0, 8, False, True).sum(), x)[0]
+        assert gradient.tolist() == [1.0, 0.0]
+
+
 # Transformed
 
 

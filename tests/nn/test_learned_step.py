@@ -65,6 +65,12 @@ def test_gradients_of_an_activation_are_scaled_by_the_values_of_a_sample(method,
     assert quantizer._amax.grad == torch.autograd.grad(expected, amax)[0]
 
 
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_a_single_number_is_a_sample_of_one(method):
+    quantizer = TensorQuantizer(QuantDescriptor(4, amax=0.7, learn_amax=method))
+    assert quantizer(torch.tensor(0.32)).item() == pytest.approx(0.3)
+
+
 def test_gradients_of_a_weight_are_scaled_by_the_values_of_a_channel():
     weight = nn.Parameter(torch.randn(4, 6))
     quantizer = TensorQuantizer(QuantDescriptor(3, axis=0, learn_amax="lsq"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lq
 from lq.nn import QuantLinear, recompute_
@@ -168,6 +169,34 @@ def test_nothing_stale(shared, change, kind):
         fresh._kept = fresh._last = None
         assert torch.equal(quantizer(value), fresh(value))
         assert not torch.equal(quantizer(value), first)
+
+
+def test_a_gradient_that_is_asked_for_later(shared):
+    model, x = shared
+    x = x.clone()
+    clean = model.k(x)
+    y = model.q(x.requires_grad_())
+    y.sum().backward()
+    assert x.grad is not None
+    assert not clean.isnan().any()
+    expected = x.grad.clone()
+    x.grad = None
+    separate(model).q(x).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_layers_that_are_computed_again_one_by_one(shared):
+    model, x = shared
+
+    def run(model, through):
+        x_ = x.clone().requires_grad_()
+        h = model.norm(x_)
+        q, k, v = (through(layer, h) for layer in (model.q, model.k, model.v))
+        ((q * k).softmax(-1) * v).square().sum().backward()
+        return x_.grad
+
+    again = run(model, lambda layer, h: checkpoint(layer, h, use_reentrant=False))
+    assert torch.equal(again, run(separate(model), lambda layer, h: layer(h)))
 
 
 @pytest.mark.parametrize("kind", ["input", "weight"])
