@@ -67,8 +67,9 @@ def check(
 
 def check_keys(cfg: DictConfig) -> None:
     """Refuse what nobody reads: Hydra looks at the keys of overrides, and not at those of files."""
-    if "ptq" in cfg and not cfg.ptq._target_ and len(cfg.ptq) > 1:
-        raise ValueError(f"`ptq.{list(cfg.ptq)[1]}` is set, and ptq=none reads none of it: choose ptq=mct.")
+    idle = [name for name in cfg.get("ptq", {}) if name != "_target_" and not cfg.ptq._target_]
+    if idle:
+        raise ValueError(f"`ptq.{idle[0]}` is set, and ptq=none reads none of it: choose ptq=mct.")
     for name in cfg.get("quant", {}):
         # others may be there, for `${...}`
         if name not in QUANT and (meant := difflib.get_close_matches(str(name), QUANT, n=1, cutoff=0.75)):

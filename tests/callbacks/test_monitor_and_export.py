@@ -321,7 +321,7 @@ def nested():
     return DataLoader([{"deep": {"x": x}, "y": y} for x, y in dataset()], batch_size=4)
 
 
-def test_the_graph_takes_what_calibration_gives(tmp_path, capsys):
+def test_the_graph_takes_what_calibration_gives(tmp_path):
     model, quantize = Nested(), QuantizeNested(target="onnxruntime")
     export = OnnxExport(tmp_path / "model.onnx")
     trainer(tmp_path, quantize, export, max_epochs=1).fit(model, nested())
@@ -342,12 +342,13 @@ def test_what_cannot_be_exported_shows_in_the_first_step(tmp_path):
     assert len(model.trained_on) == 1
 
 
-def test_the_inputs_of_the_graph_are_said(tmp_path, caplog):
+def test_the_inputs_of_the_graph_are_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lq.callbacks.export.rank_zero_info", said.append)
     rows = [{"x": x, "mask": torch.ones(6), "y": y} for x, y in dataset()]
-    with caplog.at_level("INFO"):
-        callback = QuantizationAwareTraining(export=tmp_path / "model.onnx")
-        trainer(tmp_path, callback, max_epochs=1).fit(DictBatches(), DataLoader(rows, batch_size=4))
-    assert "model.onnx, with the inputs x, mask" in caplog.text
+    callback = QuantizationAwareTraining(export=tmp_path / "model.onnx")
+    trainer(tmp_path, callback, max_epochs=1).fit(DictBatches(), DataLoader(rows, batch_size=4))
+    assert said == [f"Exported {tmp_path / 'model.onnx'}, with the inputs x, mask"]
 
 
 @pytest.mark.parametrize("callback", [ScaleFreeze, QuantMonitor, OnnxExport])
