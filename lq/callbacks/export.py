@@ -49,10 +49,11 @@ class OnnxExport(Callback):
             raise MisconfigurationException(f"`precision` is {trainer.precision}, but the graph is float32: use mixed precision.")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._example is not None or pl_module.example_input_array is not None or not trainer.is_global_zero:
+        if self._example is not None or pl_module.example_input_array is not None:
             return
         quantize = _quantize_of(trainer)
-        # now, so that what cannot be exported shows before the training and not behind it
+        # now, so that what cannot be exported shows before the training and not behind it; and on every rank, as one that fails
+        # alone leaves the others waiting
         step = feed if quantize is None else quantize.calibration_step
         try:
             with isolate_rng(), evaluating(pl_module):
@@ -65,9 +66,9 @@ class OnnxExport(Callback):
             ) from error
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        example, self._example = self._example, None
         if not trainer.is_global_zero:
             return
-        example, self._example = self._example, None
         if pl_module.example_input_array is not None:
             example = example_inputs(pl_module)
         if example is None:
