@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lq.nn.tensor_quantizer import TensorQuantizer
+from lq.surgery import is_quantized
 
 
 def build(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +56,7 @@ def all_callbacks(trainer: Trainer) -> Iterator[Callback]:
 
 def warn_if_unquantized(callback: Callback, pl_module: LightningModule) -> None:
     """Say that a callback that is about quantizers will find none."""
-    if not any(isinstance(module, TensorQuantizer) for module in pl_module.modules()):
+    if not is_quantized(pl_module):
         rank_zero_warn(
             f"{type(callback).__name__} finds no quantizers in {type(pl_module).__name__}, which is in float: put `Quantize` "
             "among the callbacks, or call `lq.quantize_` before the fit."

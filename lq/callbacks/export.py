@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lq.callbacks.building import all_callbacks, warn_if_unquantized
-from lq.callbacks.feeding import REMEDY, feed, first_inputs, has_forward
+from lq.callbacks.feeding import feed, first_inputs, has_forward, remedied
 from lq.callbacks.quantize import Quantize
 from lq.export import to_onnx
 from lq.export._require import require
@@ -55,15 +55,10 @@ class OnnxExport(Callback):
         # now, so that what cannot be exported shows before the training and not behind it; and on every rank, as one that fails
         # alone leaves the others waiting
         step = feed if quantize is None else quantize.calibration_step
-        try:
-            with isolate_rng(), evaluating(pl_module):
-                self._example = first_inputs(pl_module, step, batch)
-        except RuntimeError as error:
-            first = next(iter(str(error).splitlines()), "")
-            raise MisconfigurationException(
-                f"The first train batch does not run through {type(pl_module).__name__} for the export ({first}). {REMEDY} Or "
-                "give an `example_input_array`."
-            ) from error
+        name = type(pl_module).__name__
+        what = f"For the export, without an `example_input_array`, the first train batch does not run through {name}"
+        with remedied(what, RuntimeError), isolate_rng(), evaluating(pl_module):
+            self._example = first_inputs(pl_module, step, batch)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         example, self._example = self._example, None

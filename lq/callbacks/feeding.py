@@ -74,7 +74,7 @@ def feed(pl_module: LightningModule, batch: Any) -> None:
     if has_forward(pl_module):
         args, kwargs = forward_arguments(pl_module.forward, batch)
         # compiled code would not see hooks that look at what comes in
-        with _remedied(f"{_described(batch)} failed in `forward`"), torch.compiler.set_stance("force_eager"):
+        with remedied(f"{_described(batch)} failed in `forward`"), torch.compiler.set_stance("force_eager"):
             pl_module(*args, **kwargs)
         return
     if not pl_module.automatic_optimization:
@@ -82,7 +82,7 @@ def feed(pl_module: LightningModule, batch: Any) -> None:
             f"{type(pl_module).__name__} optimizes by hand in `training_step` and has no `forward` to calibrate with. {REMEDY}"
         )
     indices = [0] if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else []
-    with muted(pl_module), _remedied(f"{_described(batch)} failed in `training_step`"):
+    with muted(pl_module), remedied(f"{_described(batch)} failed in `training_step`"):
         pl_module.training_step(batch, *indices)
 
 
@@ -92,12 +92,13 @@ def has_forward(pl_module: LightningModule) -> bool:
 
 
 @contextmanager
-def _remedied(what: str) -> Iterator[None]:
-    """Say what to do about errors that come of a batch in a form that the model does not expect."""
+def remedied(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Say what to do about errors that come of a batch in a form that the model does not expect, of these kinds too."""
+    # a wrong number of elements to unpack is a ValueError; calibration has its own when all batches are through
+    expected: tuple[type[Exception], ...] = (TypeError, ValueError, AttributeError, KeyError, IndexError, *kinds)
     try:
         yield
-    # a wrong number of elements to unpack is a ValueError; calibration has its own when all batches are through
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except expected as error:
         first = next(iter(str(error).splitlines()), "")  # torch goes on with the signatures that it knows
         raise MisconfigurationException(f"{what}: {type(error).__name__}: {first}. {REMEDY}") from error
 

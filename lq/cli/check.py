@@ -67,7 +67,8 @@ def check(
 
 def check_keys(cfg: DictConfig) -> None:
     """Refuse what nobody reads: Hydra looks at the keys of overrides, and not at those of files."""
-    idle = [name for name in cfg.get("ptq", {}) if name != "_target_" and not cfg.ptq._target_]
+    ptq = cfg.get("ptq", {})
+    idle = [] if ptq.get("_target_") else [name for name in ptq if name != "_target_"]
     if idle:
         raise ValueError(f"`ptq.{idle[0]}` is set, and ptq=none reads none of it: choose ptq=mct.")
     for name in cfg.get("quant", {}):
@@ -75,7 +76,7 @@ def check_keys(cfg: DictConfig) -> None:
         if name not in QUANT and (meant := difflib.get_close_matches(str(name), QUANT, n=1, cutoff=0.75)):
             raise ValueError(f"`quant.{name}` is {cfg.quant[name]!r}, and nothing reads it: is `quant.{meant[0]}` meant?")
     for group, option in COMPLETE.items():
-        if group not in cfg:
+        if group not in cfg:  # another verb's
             continue
         complete = OmegaConf.create((files("lq.conf") / group / f"{option}.yaml").read_text(encoding="utf-8"))
         known, given = list(map(str, complete)), dict(OmegaConf.to_container(cfg[group]))  # type: ignore[arg-type]

@@ -154,8 +154,7 @@ def _runner(batch: Any, feed: Callable[[Any], Mapping[str, Tensor]] | None) -> C
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    named = on_device_of(model, batch) if isinstance(batch, Mapping) else {}
-    output = model(**named) if named else model(*positional_inputs(model, batch))
+    output = model(**on_device_of(model, batch)) if isinstance(batch, Mapping) else model(*positional_inputs(model, batch))
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 

@@ -14,8 +14,11 @@ from torch import Tensor
 from lq.functional import fused
 from lq.functional.operators import Function, define
 
-# two numbers to compare with, in the dtype that kernels compare in: an operator less to call than with the bounds as tensors
+# given a gradient, x and two numbers: the gradient where x lies between them, else 0
 _between: Function = torch.ops.aten.hardtanh_backward.default
+
+# at work where ``torch.autograd.grad(is_grads_batched=True)`` asks for gradients
+_BATCHING: Any = torch._C._parse_dispatch_key("VmapMode")
 
 _SUBNORMAL = torch.tensor(1e-40, device="cpu")
 
@@ -24,8 +27,8 @@ _SUBNORMAL = torch.tensor(1e-40, device="cpu")
 def _numbers(dtype: torch.dtype) -> tuple[float, float]:
     """The least number above 0, and the least where ``torch.set_flush_denormal(True)`` has less count as 0."""
     numbers, compared = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
-    # float64's least is less than what is flushed
-    least = numbers.smallest_normal * numbers.eps or math.ulp(0.0)
+    # a product that is flushed itself is float64's, and what Python computes there would be flushed as well
+    least = numbers.smallest_normal * numbers.eps or 5e-324
     return least, max(least, compared.smallest_normal)
 
 
@@ -69,8 +72,8 @@ def _within_amax(grad: Tensor, x: Tensor, amax: Tensor, unsigned: bool) -> Tenso
 
 def _masked(grad: Tensor, x: Tensor, bound: float) -> Tensor:
     """``grad`` where ``-bound < x < bound``, else 0; in the memory of ``x``, where that is laid out as the result is to be."""
-    # batched gradients (``is_grads_batched``) have no operators that write into memory that is there
-    if grad.stride() != x.stride() or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"):
+    # batched, there are no operators that write into memory that is there
+    if grad.stride() != x.stride() or torch._C._dispatch_tls_is_dispatch_key_included(_BATCHING):
         return _between(grad, x, -bound, bound)
     torch.ops.aten.hardtanh_backward.grad_input(grad, x, -bound, bound, grad_input=x)
     return x

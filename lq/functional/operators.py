@@ -28,13 +28,13 @@ def define(schema: str, kernel: Function, gradient: Function) -> Function:
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    operator: Any = getattr(torch.ops.lq, name).default
-    tensors = [str(argument.type) for argument in operator._schema.arguments].count("Tensor")
+    overload = getattr(torch.ops.lq, name).default
+    operator: Function = overload
+    tensors = [str(argument.type) for argument in overload._schema.arguments].count("Tensor")
 
     def below_autograd(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            result: Tensor = operator(*args)
-            return result
+            return operator(*args)
 
     def differentiable(function: Function, args: tuple[Any, ...]) -> Tensor:
         if not torch.is_grad_enabled():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lq.functional.gradient import within_amax
-from lq.functional.operators import in_pieces, is_unobserved, saves_elsewhere
+from lq.functional.operators import in_pieces, is_unobserved
 
 if TYPE_CHECKING:
     from lq.nn.tensor_quantizer import TensorQuantizer
@@ -76,8 +76,7 @@ class LastResult(_Forgetful):
         """What ``x`` became by the amax that is ``held``, if it is what came last."""
         # read at once: other threads may set it
         last = self._last
-        # what is computed again for the backward pass must save what it saved before
-        if last is None or saves_elsewhere() or last[0]() is not x or last[1].held is not held:
+        if last is None or last[0]() is not x or last[1].held is not held:
             return None
         return last[1].take() if last[1].key == self._key(x, held, key) else None
 
@@ -95,8 +94,6 @@ class LastResult(_Forgetful):
     def set(self, x: Tensor, result: Tensor, held: Tensor, key: tuple[Any, ...]) -> None:
         """Remember; but not for a leaf, of which there may be another backward when the graph behind the result is gone."""
         self._last = None
-        if saves_elsewhere():
-            return
         if x.grad_fn is not None or not x.requires_grad:
             last = _Last(result, held, self._key(x, held, key), self.layers)
             self._last = weakref.ref(x, lambda gone: self._drop(last)), last

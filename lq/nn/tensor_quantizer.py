@@ -13,6 +13,7 @@ from lq.functional.amax import amax_shape, compute_amax, min_max
 from lq.functional.blocks import split_blocks
 from lq.functional.checks import check_broadcast, check_not_negative
 from lq.functional.fake_quant import fake_quant, quantize, straight_through
+from lq.functional.operators import saves_elsewhere
 from lq.nn.describe import describe
 from lq.nn.described import Described
 from lq.nn.held_range import HeldRange
@@ -222,7 +223,8 @@ class TensorQuantizer(Switches, Described, PreQuant, Spread, HeldRange, nn.Modul
         held, key = self._amax, (*grid, self.quant_desc.scale_amax)
         if self._kept is not None and held is not None and isinstance(inputs, nn.Parameter):
             return self._kept.of(inputs, amax, held, self.unsigned, key, lambda: fake_quant(inputs, amax, *grid))
-        if self._last is None or held is None or self._if_calib:
+        # what is computed again for the backward pass must save what it saved before
+        if self._last is None or held is None or self._if_calib or saves_elsewhere():
             return fake_quant(inputs, amax, *grid)
         result = self._last.get(inputs, held, key)
         if result is None:

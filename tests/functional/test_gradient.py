@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lq.functional.affine import fake_affine_tensor_quant
 from lq.functional.fake_quant import fake_quant, scaled_e4m3
-from lq.functional.gradient import within_amax, within_range
+from lq.functional.gradient import _numbers, within_amax, within_range
 
 AMAX = torch.tensor(1.0)
 FORMS = {
@@ -121,6 +121,7 @@ def test_bounds_that_have_no_number_behind_them():
 
 
 def test_what_was_flushed_once_is_not_flushed_for_ever():
+    _numbers.cache_clear()
     x = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
     for flush in (True, False, True):
         torch.set_flush_denormal(flush)
